@@ -1,0 +1,149 @@
+"""The table of formats, without torch: what each is called, what it is made of, what can be done with it.
+
+A new format is one row here, one file in `pipeline/formats/`, and one test file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pipeline.checkpoint import Quantization
+from pipeline.errors import MissingLibrary, UnsupportedFormat
+from pipeline.recipe import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """A way for weights to lie on disk.
+
+    A module is packed when the tensor `<module>.<marker>` exists; its packed tensors are `<module>.<component>`.
+    A component that ends in `*` stands for every name that begins so.
+    """
+
+    name: str
+    title: str
+    method: str | None
+    module: str
+    marker: str
+    components: tuple[str, ...]
+    bits: tuple[int, ...]
+    dequantize: str
+    quantize: str
+    reload: str
+    libraries: tuple[str, ...] = ()
+
+    def packed_modules(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Module → its components among tensor `names`, sorted."""
+        if not self.marker:
+            return {}
+        names = set(names)
+        suffix = f".{self.marker}"
+        modules = {name.removesuffix(suffix): [] for name in names if name.endswith(suffix)}  # type: dict[str, list[str]]
+        for name in names:
+            for component in self.components:
+                stem, wildcard = component.rstrip("*"), component.endswith("*")
+                cut = name.rfind(f".{stem}") if wildcard else (len(name) - len(stem) - 1 if name.endswith(f".{stem}") else -1)
+                if cut >= 0 and name[:cut] in modules:
+                    modules[name[:cut]].append(name[cut + 1 :])
+                    break
+        return {module: tuple(sorted(found)) for module, found in sorted(modules.items())}
+
+
+DENSE = Format(
+    name="dense", title="bf16, fp16, fp32", method=None, module="pipeline.formats.dense", marker="", components=(),
+    bits=(16, 32), dequantize="copied or cast", quantize="the upcast stage", reload="transformers",
+)  # fmt: skip
+
+FORMATS: dict[str, Format] = {
+    row.name: row
+    for row in (
+        DENSE,
+        Format(
+            name="bnb-4bit", title="bitsandbytes NF4, FP4", method="bitsandbytes", module="pipeline.formats.bnb_4bit",
+            marker="weight.absmax", components=("weight", "weight.*"), bits=(4,),
+            dequantize="NF4, FP4, with and without double quantization", quantize="transformers + bitsandbytes",
+            reload="transformers + bitsandbytes", libraries=("bitsandbytes",),
+        ),
+        Format(
+            name="bnb-int8", title="bitsandbytes int8", method="bitsandbytes", module="pipeline.formats.bnb_int8",
+            marker="SCB", components=("weight", "SCB", "weight_format"), bits=(8,),
+            dequantize="row-major", quantize="transformers + bitsandbytes",
+            reload="transformers + bitsandbytes", libraries=("bitsandbytes",),
+        ),
+        Format(
+            name="gptq", title="GPTQ", method="gptq", module="pipeline.formats.gptq",
+            marker="qweight", components=("qweight", "qzeros", "scales", "g_idx"), bits=(2, 3, 4, 8),
+            dequantize="v1 and v2, any group size, desc_act, symmetric or not", quantize="gptqmodel",
+            reload="transformers + optimum + gptqmodel", libraries=("gptqmodel", "optimum"),
+        ),
+        Format(
+            name="awq", title="AWQ GEMM", method="awq", module="pipeline.formats.awq",
+            marker="qweight", components=("qweight", "qzeros", "scales"), bits=(4,),
+            dequantize="GEMM, any group size", quantize="gptqmodel",
+            reload="transformers + gptqmodel", libraries=("gptqmodel",),
+        ),
+    )
+}  # fmt: skip
+
+# What cannot be read here, and the tool that can.
+READ_ELSEWHERE = {
+    "compressed-tensors": "load it with transformers, which dequantizes it while loading",
+    "fp8": "load it with transformers and FineGrainedFP8Config(dequantize=True)",
+    "mxfp4": "load it with transformers and Mxfp4Config(dequantize=True)",
+    "gguf": "load it with transformers and gguf_file=",
+    "hqq": "load it with the hqq library",
+    "torchao": "load it with transformers and torchao",
+    "quanto": "load it with transformers and optimum-quanto",
+    "aqlm": "load it with transformers and aqlm",
+    "auto-round": "load it with the auto-round library",
+}
+
+
+def format_of(quantization: Quantization | None) -> Format:
+    """The row that reads a checkpoint; raise UnsupportedFormat, naming the tool that can, where none does."""
+    if quantization is None:
+        return DENSE
+    bits, method = quantization.bits, quantization.method
+    rows = [row for row in FORMATS.values() if row.method == method]
+    if not rows:
+        readable = ", ".join(sorted({row.method for row in FORMATS.values() if row.method}))
+        elsewhere = READ_ELSEWHERE.get(method, "use the library that wrote it")
+        raise UnsupportedFormat(f"quant_method {method} cannot be read (those that can: {readable}); {elsewhere}")
+    layout = str(quantization.raw.get("version", "gemm")).lower() if method == "awq" else "gemm"
+    if layout != "gemm":
+        raise UnsupportedFormat(f"awq version {layout} cannot be read, only gemm; repack it with gptqmodel")
+    for row in rows:
+        if bits in row.bits:
+            return row
+    valid = ", ".join(str(b) for row in rows for b in row.bits)
+    raise UnsupportedFormat(f"{method} with bits {bits} cannot be read; valid bits are {valid}")
+
+
+def format_to(target: Target) -> Format:
+    """The row that a target is written in."""
+    match target:
+        case BitsAndBytesTarget():
+            return FORMATS["bnb-4bit" if target.bits == 4 else "bnb-int8"]  # noqa: PLR2004
+        case GPTQTarget() | AWQTarget():
+            return FORMATS[target.format]
+
+
+def bits_per_weight(target: Target) -> float:
+    """Bits on disk for each quantized weight, scales and zero points included."""
+    match target:
+        case BitsAndBytesTarget(bits=8):
+            return 8.0
+        case BitsAndBytesTarget():
+            return 4.5 if target.double_quant is False else 4 + 8 / 64 + 32 / (64 * 256)
+        case GPTQTarget() | AWQTarget():
+            return target.bits if target.group_size == -1 else target.bits + (16 + target.bits) / target.group_size
+
+
+def require_libraries(row: Format) -> None:
+    """Raise MissingLibrary, with the command that installs it, where a format's library is absent."""
+    for library in row.libraries:
+        if importlib.util.find_spec(library) is None:
+            extra = "bitsandbytes" if library == "bitsandbytes" else "gptqmodel"
+            raise MissingLibrary(f"{row.title} needs {library}, which is not installed; run pip install 'requant[{extra}]'")

@@ -1,0 +1,209 @@
+"""A model folder, opened and checked once; trusted by everything below."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline.errors import CheckpointError, CorruptShard, MissingTensor, UnexpectedTensor, UnsafePath
+from pipeline.headers import TensorInfo, read_header
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# What travels along unchanged, beside the weights: configs, tokenizer, chat template, licence.
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "chat_templates/*.jinja")
+# Written anew by whoever writes weights, or of no meaning to the copy.
+NOT_COMPANIONS = frozenset({INDEX, "config.json", "quantize_config.json", "quant_config.json", "artifact.json"})
+HUB_PATTERNS = [*COMPANIONS, "*.safetensors", "*.py"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How a checkpoint's weights are quantized, from its config.
+
+    `bits` and `group_size` are what most modules have (-1: a whole channel; bitsandbytes: the block size).
+    `raw` is the config's own dictionary, for what only one format knows.
+    """
+
+    method: str
+    bits: int
+    group_size: int
+    symmetric: bool
+    ignored: tuple[str, ...]
+    raw: Mapping[str, Any]
+
+    @staticmethod
+    def parse(raw: Mapping[str, Any]) -> Quantization:
+        """Read a `quantization_config`; raise CheckpointError if it does not say its method and bits."""
+        method = str(raw.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in raw else ""))
+        try:
+            if method == "bitsandbytes":
+                four = bool(raw.get("load_in_4bit") or raw.get("_load_in_4bit"))
+                bits, group_size, symmetric = (4, 64, True) if four else (8, -1, True)
+                ignored = raw.get("llm_int8_skip_modules")
+            elif method == "awq":
+                bits = int(raw.get("bits", raw.get("w_bit", 4)))
+                group_size = int(raw.get("group_size", raw.get("q_group_size", 128)))
+                symmetric, ignored = not raw.get("zero_point", True), raw.get("modules_to_not_convert")
+            else:
+                bits, group_size = int(raw.get("bits", 0)), int(raw.get("group_size", -1))
+                symmetric, ignored = bool(raw.get("sym", True)), raw.get("modules_to_not_convert", raw.get("ignore"))
+            names = tuple(str(name) for name in ignored or ())
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"config.json: quantization_config of {method} has an unreadable value ({error})") from error
+        if not method:
+            raise CheckpointError("config.json: quantization_config names no quant_method; add it, such as gptq or awq")
+        return Quantization(
+            method=method, bits=bits, group_size=group_size, symmetric=symmetric, ignored=names, raw=dict(raw)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A folder whose config parses, whose shards are whole, and whose names stay inside it.
+
+    `weight_map` is tensor → shard file name; `tensors` is tensor → where it lies in that shard.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    weight_map: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
+    quantization: Quantization | None
+    companions: tuple[str, ...]
+
+    @staticmethod
+    def open(path: Path) -> Checkpoint:
+        """Open and check a folder; raise a CheckpointError that names what is wrong with it."""
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such folder; name a folder with config.json and safetensors files")
+        config = read_json(path / "config.json")
+        raw = config.get("quantization_config") or config.get("compression_config")
+        if raw is not None and not isinstance(raw, dict):
+            raise CheckpointError(f"{path}/config.json: quantization_config is {type(raw).__name__}, expected an object")
+        weight_map, tensors = _open_shards(path)
+        return Checkpoint(
+            path=path,
+            config=config,
+            weight_map=weight_map,
+            tensors=tensors,
+            quantization=Quantization.parse(raw) if raw else None,
+            companions=_companions(path),
+        )
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """The shard file names, each once, in weight-map order."""
+        return tuple(dict.fromkeys(self.weight_map.values()))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that makes the checkpoint what it is."""
+        return ("config.json", *self.companions, *self.shards)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.end - info.start for info in self.tensors.values())
+
+    @property
+    def model_type(self) -> str:
+        """transformers' name of the architecture."""
+        return str(self.config.get("model_type", ""))
+
+
+def open_source(source: str) -> Checkpoint:
+    """Open a folder or a hub id[@revision]; a hub id is taken from the local cache or fetched."""
+    path = Path(source)
+    if path.is_dir():
+        return Checkpoint.open(path)
+    repository, _, revision = source.partition("@")
+    if source.startswith((".", "/", "~")) or repository.count("/") != 1:
+        raise CheckpointError(f"{source}: no such folder; name a folder, a hub id such as org/model, or a store reference")
+    return Checkpoint.open(_snapshot(repository, revision or None))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raise CheckpointError if it is anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; the folder is no Hugging Face checkpoint") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds {type(value).__name__}, expected a JSON object; download it again")
+    return value
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of `name` in `folder`; raise UnsafePath if it leads out, by its parts or through a link."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in name or "\0" in name:
+        raise UnsafePath(f"{folder}: names the file {name!r}, which leaves the folder; do not use this checkpoint")
+    path = folder / pure
+    roots = [folder.resolve()]
+    if folder.parent.name == "snapshots":  # the hub's cache: a snapshot's files are links into its blobs
+        roots.append(folder.parent.parent.resolve() / "blobs")
+    if not any(path.resolve().is_relative_to(root) for root in roots):
+        raise UnsafePath(f"{folder}: {name} is a link that leaves the folder; copy the file itself into it")
+    return path
+
+
+def _open_shards(folder: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    named = _named_shards(folder)
+    weight_map: dict[str, str] = {}
+    tensors: dict[str, TensorInfo] = {}
+    for shard in dict.fromkeys(named.values()) if named else [SINGLE]:
+        path = inside(folder, shard)
+        if not path.is_file():
+            raise CorruptShard(f"{folder}: {shard} is named by {INDEX} but missing; download the checkpoint again")
+        for name, info in read_header(path).items():
+            if name in tensors:
+                raise UnexpectedTensor(f"{name}: is in both {weight_map[name]} and {shard}; download the checkpoint again")
+            weight_map[name], tensors[name] = shard, info
+    for name, shard in named.items():
+        if weight_map.get(name) != shard:
+            raise MissingTensor(f"{name}: {INDEX} places it in {shard}, which does not hold it; download it again")
+    return weight_map, tensors
+
+
+def _named_shards(folder: Path) -> dict[str, str]:
+    """The index's weight map, or nothing where a single file holds all."""
+    if (folder / INDEX).exists():
+        named = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()) or not named:
+            raise CheckpointError(f"{folder / INDEX}: has no weight_map of tensor to file; download it again")
+        return named
+    if not (folder / SINGLE).exists():
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        found = f"found {pickles[0]}, a pickle, which is never opened" if pickles else "found none"
+        raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}, {found}; convert the weights to safetensors")
+    return {}
+
+
+def _companions(folder: Path) -> tuple[str, ...]:
+    names = {path.relative_to(folder).as_posix() for pattern in COMPANIONS for path in folder.glob(pattern)}
+    kept = sorted(name for name in names - NOT_COMPANIONS if (folder / name).is_file())
+    for name in kept:
+        inside(folder, name)
+    return tuple(kept)
+
+
+def _snapshot(repository: str, revision: str | None) -> Path:
+    """The hub's local snapshot of a repository, fetched unless the cache holds it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_PATTERNS))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        where = f"{repository}@{revision}" if revision else repository
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{where}: no such folder, and the hub did not give it ({reason}); check the name, the network and HF_TOKEN"
+        ) from error

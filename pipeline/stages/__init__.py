@@ -1,0 +1,43 @@
+"""The stages: artifacts in, artifacts out. Each module has NAME, VERSION and run(job).
+
+`run` yields an Output as soon as one is finished; whoever runs the stage commits it at once, so a kill between two
+outputs loses only the second. VERSION is part of every fingerprint: raise it when the same options give other bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.recipe import Data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a stage is given.
+
+    `inputs` maps a role (`source`, `dense`, `base`, `adapter`, …) to a checkpoint folder, `data` a role to a file of rows.
+    `options` are the plain values that change the result. `workspace` is a folder of the stage's own that outlives a kill:
+    a rerun of the same job finds there what the last one left.
+    """
+
+    inputs: Mapping[str, Path]
+    options: Mapping[str, Any]
+    workspace: Path
+    data: Mapping[str, Data] = field(default_factory=dict)
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """A finished folder, ready to be committed as `variant`.
+
+    `metrics` are figures for people, `notes` plain values for later stages (dropped tensors, layouts); neither enters the digest.
+    """
+
+    variant: str
+    folder: Path
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)

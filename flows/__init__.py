@@ -1,0 +1,1 @@
+"""What starts the engine: the Prefect flow and its tasks, deployments, and the command line."""

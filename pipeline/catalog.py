@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pipeline.checkpoint import Quantization
 from pipeline.errors import MissingLibrary, UnsupportedFormat
-from pipeline.recipe import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target
+from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,7 @@ class Format:
     components: tuple[str, ...]
     bits: tuple[int, ...]
     dequantize: str
+    train: str
     quantize: str
     reload: str
     libraries: tuple[str, ...] = ()
@@ -44,7 +45,11 @@ class Format:
         for name in names:
             for component in self.components:
                 stem, wildcard = component.rstrip("*"), component.endswith("*")
-                cut = name.rfind(f".{stem}") if wildcard else (len(name) - len(stem) - 1 if name.endswith(f".{stem}") else -1)
+                cut = (
+                    name.rfind(f".{stem}")
+                    if wildcard
+                    else (len(name) - len(stem) - 1 if name.endswith(f".{stem}") else -1)
+                )
                 if cut >= 0 and name[:cut] in modules:
                     modules[name[:cut]].append(name[cut + 1 :])
                     break
@@ -53,7 +58,7 @@ class Format:
 
 DENSE = Format(
     name="dense", title="bf16, fp16, fp32", method=None, module="pipeline.formats.dense", marker="", components=(),
-    bits=(16, 32), dequantize="copied or cast", quantize="the upcast stage", reload="transformers",
+    bits=(16, 32), dequantize="copied or cast", train="full, LoRA", quantize="the upcast stage", reload="transformers",
 )  # fmt: skip
 
 FORMATS: dict[str, Format] = {
@@ -63,25 +68,25 @@ FORMATS: dict[str, Format] = {
         Format(
             name="bnb-4bit", title="bitsandbytes NF4, FP4", method="bitsandbytes", module="pipeline.formats.bnb_4bit",
             marker="weight.absmax", components=("weight", "weight.*"), bits=(4,),
-            dequantize="NF4, FP4, with and without double quantization", quantize="transformers + bitsandbytes",
+            dequantize="NF4, FP4, with and without double quantization", train="after upcast", quantize="transformers + bitsandbytes",
             reload="transformers + bitsandbytes", libraries=("bitsandbytes",),
         ),
         Format(
             name="bnb-int8", title="bitsandbytes int8", method="bitsandbytes", module="pipeline.formats.bnb_int8",
             marker="SCB", components=("weight", "SCB", "weight_format"), bits=(8,),
-            dequantize="row-major", quantize="transformers + bitsandbytes",
+            dequantize="row-major", train="after upcast", quantize="transformers + bitsandbytes",
             reload="transformers + bitsandbytes", libraries=("bitsandbytes",),
         ),
         Format(
             name="gptq", title="GPTQ", method="gptq", module="pipeline.formats.gptq",
             marker="qweight", components=("qweight", "qzeros", "scales", "g_idx"), bits=(2, 3, 4, 8),
-            dequantize="v1 and v2, any group size, desc_act, symmetric or not", quantize="gptqmodel",
+            dequantize="v1 and v2, any group size, desc_act, symmetric or not", train="after upcast", quantize="gptqmodel",
             reload="transformers + optimum + gptqmodel", libraries=("gptqmodel", "optimum"),
         ),
         Format(
             name="awq", title="AWQ GEMM", method="awq", module="pipeline.formats.awq",
             marker="qweight", components=("qweight", "qzeros", "scales"), bits=(4,),
-            dequantize="GEMM, any group size", quantize="gptqmodel",
+            dequantize="GEMM, any group size", train="after upcast", quantize="gptqmodel",
             reload="transformers + gptqmodel", libraries=("gptqmodel",),
         ),
     )
@@ -146,4 +151,6 @@ def require_libraries(row: Format) -> None:
     for library in row.libraries:
         if importlib.util.find_spec(library) is None:
             extra = "bitsandbytes" if library == "bitsandbytes" else "gptqmodel"
-            raise MissingLibrary(f"{row.title} needs {library}, which is not installed; run pip install 'requant[{extra}]'")
+            raise MissingLibrary(
+                f"{row.title} needs {library}, which is not installed; run pip install 'requant[{extra}]'"
+            )

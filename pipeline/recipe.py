@@ -5,45 +5,28 @@ The same models are the command line's recipe, the Prefect flow's parameter form
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline.errors import RecipeError
+from pipeline.targets import Section, Target, first_sentence
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
-class _Section(BaseModel):
-    """A frozen part of the recipe that names the nearest valid key when it meets an unknown one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        valid = {field.alias or name for name, field in cls.model_fields.items()}
-        for key in value:
-            if key not in valid and key not in cls.model_fields:
-                raise ValueError(unknown_key(str(key), valid))
-        return value
-
-
-class Upcast(_Section):
+class Upcast(Section):
     """How the source becomes dense."""
 
     dtype: Dtype = "bfloat16"
     """Data type of the dense weights."""
 
 
-class Data(_Section):
+class Data(Section):
     """A file of rows."""
 
     path: str
@@ -59,7 +42,7 @@ class Data(_Section):
         return {"path": value} if isinstance(value, str) else value
 
 
-class Train(_Section):
+class Train(Section):
     """What trains, on what, for how long."""
 
     method: Literal["none", "full", "lora"] = "none"
@@ -82,70 +65,7 @@ class Train(_Section):
         return self
 
 
-class _Target(_Section):
-    name: Annotated[str | None, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = None
-    """The variant's name in the store; made from the format and bits where it is left out."""
-
-    @property
-    def variant(self) -> str:
-        """The variant's name in the store."""
-        return self.name or self._default_name()
-
-    def _default_name(self) -> str:
-        raise NotImplementedError
-
-
-class BitsAndBytesTarget(_Target):
-    """bitsandbytes NF4, FP4 or int8."""
-
-    format: Literal["bitsandbytes"]
-    bits: Literal[4, 8] = 4
-    type: Literal["nf4", "fp4"] | None = None
-    """The 4-bit data type; `nf4` where it is left out. int8 has none."""
-    double_quant: bool | None = None
-    """Whether the absmax are quantized too; true for 4 bits where it is left out. int8 has none."""
-
-    @model_validator(mode="after")
-    def _int8_has_no_type(self) -> BitsAndBytesTarget:
-        if self.bits == 8 and (self.type is not None or self.double_quant is not None):  # noqa: PLR2004
-            raise ValueError("bitsandbytes with bits: 8 has neither type nor double_quant; leave both out")
-        return self
-
-    def _default_name(self) -> str:
-        return "int8" if self.bits == 8 else (self.type or "nf4")  # noqa: PLR2004
-
-
-class GPTQTarget(_Target):
-    """GPTQ, on disk in the v1 `gptq` layout."""
-
-    format: Literal["gptq"]
-    bits: Literal[2, 3, 4, 8] = 4
-    group_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] = 128
-    """Weights that share a scale; -1 is a whole input row."""
-    symmetric: bool = True
-    desc_act: bool = False
-    """Whether columns are rounded in the order of their activations' size."""
-
-    def _default_name(self) -> str:
-        return f"gptq-{self.bits}bit"
-
-
-class AWQTarget(_Target):
-    """AWQ, on disk in the GEMM layout."""
-
-    format: Literal["awq"]
-    bits: Literal[4] = 4
-    group_size: Literal[16, 32, 64, 128] = 128
-    """Weights that share a scale and a zero point."""
-
-    def _default_name(self) -> str:
-        return f"awq-{self.bits}bit"
-
-
-Target = Annotated[BitsAndBytesTarget | GPTQTarget | AWQTarget, Field(discriminator="format")]
-
-
-class Calibration(_Section):
+class Calibration(Section):
     """The rows whose activations steer GPTQ and AWQ."""
 
     data: Literal["train"] | Data = "train"
@@ -155,7 +75,7 @@ class Calibration(_Section):
     """Tokens in a sample."""
 
 
-class Bounds(_Section):
+class Bounds(Section):
     """Bounds on figures; a figure without a bound is shown and judged by nobody."""
 
     perplexity_increase: float | None = None
@@ -173,7 +93,7 @@ class Gates(Bounds):
     """Bounds of the tuned model against the source."""
 
 
-class Evaluate(_Section):
+class Evaluate(Section):
     """What the models are judged on."""
 
     data: Data
@@ -182,7 +102,7 @@ class Evaluate(_Section):
     gates: Gates = Gates()
 
 
-class Promote(_Section):
+class Promote(Section):
     """What a passing variant gets."""
 
     alias: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")] = "production"
@@ -194,7 +114,7 @@ class Promote(_Section):
         return self
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One job from source to promoted variants."""
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
@@ -272,24 +192,6 @@ def parse_recipe(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rec
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(f"recipe {where}: {first_sentence(error)}") from error
-
-
-def unknown_key(key: str, valid: Sequence[str] | set[str] | frozenset[str]) -> str:
-    """Say that `key` is unknown, with the nearest valid key where one is near."""
-    near = difflib.get_close_matches(key, sorted(valid), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"valid keys are {', '.join(sorted(valid))}"
-    return f"unknown key {key}; {hint}"
-
-
-def first_sentence(error: ValidationError) -> str:
-    """The first of pydantic's findings as `place: what was found`."""
-    first = error.errors(include_url=False)[0]
-    tags = {"bitsandbytes", "gptq", "awq", "Data", "literal['train']"}
-    place = ".".join(str(part) for part in first["loc"] if str(part) not in tags)
-    said = first["msg"].removeprefix("Value error, ")
-    found = first.get("input")
-    shown = f" (found {found!r})" if isinstance(found, (str, int, float, bool)) else ""
-    return f"{place}: {said}{shown}" if place else f"{said}{shown}"
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

@@ -1,0 +1,112 @@
+"""One Prefect task a step of the plan. Tasks pass artifact references, never tensors; the store is the only cache."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
+
+from prefect import get_run_logger, task
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.cache_policies import NO_CACHE
+
+from flows.tables import plan_rows, result_rows
+from pipeline import outcome, progress
+from pipeline.execute import run_step
+from pipeline.plan import Plan, make_plan
+from pipeline.recipe import Recipe
+
+References = dict[str, str]  # variant → name/variant@version
+UPDATE_SECONDS = 2.0  # a progress artifact is a request to the server; a bar needs no more than this
+
+
+def lay_out(recipe: Recipe) -> Plan:
+    """Check the recipe and show its plan as an artifact of the run."""
+    plan = make_plan(recipe)
+    create_table_artifact(table=plan_rows(plan), key=_key(recipe, "plan"), description=f"The plan of {recipe.name}")
+    return plan
+
+
+def _step_task(stage: str) -> Callable[..., References]:
+    """The task of a stage: its inputs are named only so that Prefect draws what follows from what."""
+
+    @task(name=stage, task_run_name=stage, cache_policy=NO_CACHE, persist_result=False)
+    def run(plan: Plan, *inputs: References) -> References:
+        passed = {variant: reference for given in inputs for variant, reference in given.items()}
+        step = plan.step(stage)
+        if step is None:
+            return passed
+        logger = get_run_logger()
+        for output in step.outputs:
+            logger.info("%s: %s", output.variant, output.reason)
+        with progress.shown_by(PrefectSink(plan.recipe, logger)):
+            found = run_step(plan, step)
+        return passed | {variant: artifact.reference for variant, artifact in found.items()}
+
+    return run
+
+
+upcast = _step_task("upcast")
+train = _step_task("train")
+merge = _step_task("merge")
+quantize = _step_task("quantize")
+evaluate = _step_task("evaluate")
+
+
+@task(name="promote", task_run_name="promote", cache_policy=NO_CACHE, persist_result=False)
+def promote(plan: Plan, *inputs: References) -> dict[str, Any]:
+    """Show the result table and move the alias of each passing variant; raises GateRefused where one was refused."""
+    rows = outcome.rows(plan)
+    table = result_rows(plan, rows)
+    create_table_artifact(table=table, key=_key(plan.recipe, "result"), description=f"The models of {plan.recipe.name}")
+    lines = [f"- `{row.artifact.reference}`: `{row.artifact.path}`" for row in rows]
+    create_markdown_artifact(
+        markdown="\n".join(["# Where the artifacts are", *lines]), key=_key(plan.recipe, "artifacts")
+    )
+    moved = outcome.promote(plan, rows)
+    for reference, version in moved.items():
+        get_run_logger().info("promoted: %s is now %s", reference, version)
+    return {"models": table, "promoted": dict(moved)}
+
+
+class PrefectSink:
+    """Shows a stage's events in its task run: messages and figures as logs, steps as a progress artifact."""
+
+    def __init__(self, recipe: Recipe, logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
+        self._recipe, self._logger = recipe, logger
+        self._bars: dict[str, tuple[UUID, float]] = {}
+
+    def __call__(self, event: progress.Event) -> None:
+        """Show one event."""
+        match event:
+            case progress.Message(stage=stage, text=text):
+                self._logger.info("%s: %s", stage, text)
+            case progress.Metric(stage=stage, name=name, value=value):
+                self._logger.info("%s: %s %.6g", stage, name, value)
+            case progress.Step():
+                self._advance(event)
+
+    def _advance(self, event: progress.Step) -> None:
+        percent = 100.0 * event.done / max(event.total, 1)
+        bar, shown = self._bars.get(event.stage, (None, 0.0))
+        if bar is not None and time.monotonic() - shown < UPDATE_SECONDS and event.done < event.total:
+            return
+        if bar is None:
+            key = _key(self._recipe, event.stage)
+            bar = create_progress_artifact(progress=percent, key=key, description=f"{event.stage} in {event.unit}")
+        else:
+            update_progress_artifact(artifact_id=bar, progress=percent)
+        self._bars[event.stage] = (bar, time.monotonic())
+
+
+def _key(recipe: Recipe, what: str) -> str:
+    """An artifact key: lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{recipe.name}-{what}".lower()).strip("-")

@@ -1,0 +1,155 @@
+"""What a person sees: bars while a stage works, tables at the end. Progress goes to standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from pipeline import progress
+
+ERR = Console(stderr=True, highlight=False)
+OUT = Console(highlight=False)
+LINE_SECONDS = 10.0  # without a terminal a bar becomes a line now and then
+
+
+@contextmanager
+def showing_progress() -> Iterator[None]:
+    """Show the engine's events on standard error: bars on a terminal, lines elsewhere."""
+    if ERR.is_terminal:
+        columns = (
+            TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[figure]}"),
+        )  # fmt: skip
+        with Progress(*columns, console=ERR) as bars, progress.shown_by(_Bars(bars)):
+            yield
+    else:
+        with progress.shown_by(_Lines()):
+            yield
+
+
+class _Bars:
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._ids: dict[str, TaskID] = {}
+
+    def __call__(self, event: progress.Event) -> None:
+        match event:
+            case progress.Message(stage=stage, text=text):
+                self._bars.console.print(f"{stage}: {text}", markup=False)
+            case progress.Step(stage=stage, done=done, total=total, unit=unit):
+                if stage not in self._ids:
+                    self._ids[stage] = self._bars.add_task(stage, total=total, unit=unit, figure="")
+                self._bars.update(self._ids[stage], completed=done, total=total)
+            case progress.Metric(stage=stage, name=name, value=value):
+                if stage in self._ids:
+                    self._bars.update(self._ids[stage], figure=f"{name} {value:.4g}")
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._said: dict[str, float] = {}
+
+    def __call__(self, event: progress.Event) -> None:
+        match event:
+            case progress.Message(stage=stage, text=text):
+                ERR.print(f"{stage}: {text}", markup=False)
+            case progress.Step(stage=stage, done=done, total=total, unit=unit):
+                now = time.monotonic()
+                if done >= total or now - self._said.get(stage, now - LINE_SECONDS) >= LINE_SECONDS:
+                    self._said[stage] = now
+                    ERR.print(f"{stage}: {done}/{total} {unit}", markup=False)
+            case progress.Metric():
+                pass
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
+    """A table on standard output; its columns are the first row's keys."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for key in rows[0] if rows else ():
+        numeric = all(row[key][:1].isdigit() or row[key][:1] in "-+" for row in rows if row[key])
+        table.add_column(key, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    console = OUT if OUT.is_terminal else Console(width=140, highlight=False)
+    console.print(table)
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the unit that keeps the figure short."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":  # noqa: PLR2004
+            return f"{nbytes:.0f} {unit}" if unit in ("B", "kB") else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person says them."""
+    if seconds is None:
+        return "not measured yet"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"  # noqa: PLR2004
+
+
+def show_plan(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The plan as a table."""
+    shown = [
+        {
+            "stage": row["stage"],
+            "makes": row["makes"],
+            "status": row["status"],
+            "why": row["why"],
+            "disk": size(row["disk_bytes"]) if row["status"] == "run" else "",
+            "memory": size(row["memory_bytes"]) if row["status"] == "run" else "",
+            "last time": duration(row["seconds_last_time"]) if row["status"] == "run" else "",
+        }
+        for row in rows
+    ]
+    print_table("plan", shown)
+
+
+def show_results(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The models as a table, and where they lie."""
+
+    def figure(value: float | str | None, form: str) -> str:
+        return "" if value is None else value if isinstance(value, str) else format(value, form)
+
+    shown = [
+        {
+            "variant": row["variant"],
+            "version": row["version"],
+            "size": size(row["bytes"]),
+            "bits/weight": f"{row['bits_per_weight']:.2f}",
+            "perplexity": figure(row["perplexity"], ".2f"),
+            "change": figure(row["perplexity_increase"], "+.1%"),
+            "against": row["reference"] or "",
+            "KL": figure(row["kl_divergence"], ".4f"),
+            "top-1": figure(row["top1_agreement"], ".1%"),
+            "gate": row["gate"],
+            "alias": ", ".join(row["aliases"]),
+        }
+        for row in rows
+    ]
+    print_table("models", shown)
+    for row in rows:
+        OUT.print(f"{row['variant']:<12} {row['path']}", markup=False, soft_wrap=True)

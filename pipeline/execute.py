@@ -1,0 +1,154 @@
+"""One step of a plan: space checked, workspace held, stage run in a child process, outputs committed as they finish."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import child, progress
+from pipeline.artifacts import Artifact, Store
+from pipeline.errors import NoSpace
+from pipeline.manifest import Origin
+from pipeline.plan import Plan, Step
+from pipeline.stages import Job
+
+STAGES = {
+    "upcast": "pipeline.stages.upcast",
+    "train": "pipeline.stages.train",
+    "merge": "pipeline.stages.merge",
+    "quantize": "pipeline.stages.quantize",
+    "evaluate": "pipeline.stages.evaluate",
+}
+# Imported once, before the first child is forked: a child then starts in a fifth of a second.
+PRELOAD = ("torch", "transformers", "transformers.models.auto.modeling_auto", "peft", "transformers.trainer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a child is sent: a stage's job, and what to commit its outputs as."""
+
+    stage: str
+    job: Job
+    store: Path
+    name: str
+    origins: Mapping[str, Origin]
+    parents: Mapping[str, Mapping[str, str]]
+
+
+def run_step(plan: Plan, step: Step, *, isolated: bool = True) -> dict[str, Artifact]:
+    """Run what is pending of a step; return its artifacts by variant. `isolated` runs the stage in a child process."""
+    found = {output.variant: output.artifact for output in step.outputs if output.artifact}
+    if step.pending:
+        check_space(plan.store.root, step)
+        for variant, reference in _run(plan, step, isolated=isolated).items():
+            found[variant] = plan.store.resolve(reference)
+    return found
+
+
+def check_space(root: Path, step: Step) -> None:
+    """Raise NoSpace unless the disk holds what the step will write."""
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < step.needs.disk:
+        raise NoSpace(
+            f"{step.stage}: needs {step.needs.disk / 1e9:.2f} GB on {existing}, {free / 1e9:.2f} GB are free; "
+            "free some with requant artifacts gc --keep 1, or name another store"
+        )
+
+
+def preload(model_type: str) -> tuple[str, ...]:
+    """The modules to import before the first child is forked, the architecture's own among them."""
+    # find_spec of a submodule would import transformers here, so the file is looked for instead.
+    spec = importlib.util.find_spec("transformers")
+    name = f"transformers.models.{model_type}.modeling_{model_type}"
+    if (
+        spec
+        and spec.origin
+        and (Path(spec.origin).parent / "models" / model_type / f"modeling_{model_type}.py").exists()
+    ):
+        return (*PRELOAD, name)
+    return PRELOAD
+
+
+def work(task: Work) -> dict[str, str]:
+    """Run a stage and commit each output as it comes; the body of the child process. Returns variant → reference."""
+    stage = importlib.import_module(STAGES[task.stage])
+    store = Store(task.store)
+    committed: dict[str, str] = {}
+    started = time.monotonic()
+    for output in stage.run(task.job):
+        artifact = store.commit(
+            output.folder,
+            name=task.name,
+            variant=output.variant,
+            origin=task.origins[output.variant],
+            parents=task.parents,
+            metrics={**output.metrics, "seconds": round(time.monotonic() - started, 3)},
+            notes=output.notes,
+        )
+        progress.message(task.stage, f"committed {artifact.reference}")
+        committed[output.variant] = artifact.reference
+        started = time.monotonic()
+    return committed
+
+
+def _run(plan: Plan, step: Step, *, isolated: bool) -> dict[str, str]:
+    first = step.pending[0].origin.fingerprint
+    with plan.store.workspace(first) as workspace:
+        task = _task(plan, step, workspace)
+        if not task.origins:  # another run made them while this one waited for the workspace
+            return {
+                output.variant: artifact.reference
+                for output in step.pending
+                if (artifact := plan.store.find(plan.recipe.name, output.variant, output.origin.fingerprint))
+            }
+        if not isolated:
+            return work(task)
+        done: dict[str, str] = child.run("pipeline.execute:work", task, preload=preload(plan.source.model_type))
+        return done
+
+
+def _task(plan: Plan, step: Step, workspace: Path) -> Work:
+    name = plan.recipe.name
+    origins = {
+        output.variant: output.origin
+        for output in step.pending
+        if plan.store.find(name, output.variant, output.origin.fingerprint) is None
+    }
+    inputs: dict[str, Path] = {}
+    parents: dict[str, dict[str, str]] = {}
+    for role, parent in step.inputs.items():
+        if parent == "source":
+            digest = plan.source_digest
+            inputs[role] = plan.source.path.resolve()
+            parents[role] = {"reference": plan.recipe.source, "fingerprint": digest, "digest": digest}
+            continue
+        artifact = _parent(plan, parent)
+        inputs[role] = artifact.path
+        manifest = artifact.manifest
+        parents[role] = {
+            "reference": artifact.reference, "fingerprint": manifest.fingerprint, "digest": manifest.digest
+        }  # fmt: skip
+    options = dict(step.options)
+    if step.targets:
+        options["targets"] = [target.model_dump() for target in step.targets if target.variant in origins]
+    data = {role: rows.model_copy(update={"path": str(Path(rows.path).resolve())}) for role, rows in step.data.items()}
+    job = Job(
+        inputs=inputs, options=options, workspace=workspace, data=data, trust_remote_code=plan.recipe.trust_remote_code
+    )
+    return Work(stage=step.stage, job=job, store=plan.store.root, name=name, origins=origins, parents=parents)
+
+
+def _parent(plan: Plan, variant: str) -> Artifact:
+    for step in plan.steps:
+        for output in step.outputs:
+            if output.variant == variant:
+                artifact = output.artifact or plan.store.find(plan.recipe.name, variant, output.origin.fingerprint)
+                assert artifact, f"{variant} is needed before it was made"
+                return artifact
+    raise AssertionError(variant)

@@ -1,0 +1,125 @@
+"""The dense shapes behind a checkpoint's tensors, read from headers alone, without torch.
+
+The plan needs them before anything loads: do the groups divide the layers, and how much disk and memory will it take.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+
+from pipeline.catalog import Format, bits_per_weight
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import CheckpointError, UnsupportedFormat
+from pipeline.headers import TensorInfo
+from pipeline.targets import AWQTarget, GPTQTarget, Target
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+NOT_QUANTIZED = ("embed", "wte", "wpe", "lm_head", "embed_out", "norm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Dense tensor name → shape, as the upcast will write them."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def parameters(self) -> int:
+        """Weights in all."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def largest(self) -> int:
+        """Weights in the largest tensor."""
+        return max((math.prod(shape) for shape in self.shapes.values()), default=0)
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Linear layer → [O, I] of the weights that a quantizer takes: two dimensions, no embedding, no lm_head."""
+        return {
+            name.removesuffix(".weight"): (shape[0], shape[1])
+            for name, shape in self.shapes.items()
+            if len(shape) == 2 and name.endswith(".weight") and not any(part in name for part in NOT_QUANTIZED)  # noqa: PLR2004
+        }
+
+    def dense_bytes(self, dtype: str) -> int:
+        """Bytes of all weights in `dtype`."""
+        return self.parameters * BYTES[dtype]
+
+    def quantized_bytes(self, target: Target, dtype: str) -> int:
+        """Bytes of the weights with the linear layers quantized to `target`."""
+        linear = sum(rows * columns for rows, columns in self.linears.values())
+        return int(linear * bits_per_weight(target) / 8) + (self.parameters - linear) * BYTES[dtype]
+
+    def adapter_bytes(self, rank: int) -> int:
+        """Bytes of float32 LoRA weights of `rank` on every linear layer."""
+        return sum(4 * rank * (rows + columns) for rows, columns in self.linears.values())
+
+
+def dense_sizes(checkpoint: Checkpoint, row: Format) -> Sizes:
+    """The shapes that the checkpoint dequantizes to."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    packed = row.packed_modules(checkpoint.tensors)
+    parts = {f"{module}.{part}" for module, found in packed.items() for part in found}
+    for module in packed:
+        shapes[f"{module}.weight"] = _dense_shape(checkpoint, row, module)
+    shapes |= {name: info.shape for name, info in checkpoint.tensors.items() if name not in parts}
+    return Sizes(shapes=shapes)
+
+
+def check_groups(sizes: Sizes, target: Target) -> None:
+    """Raise UnsupportedFormat, naming the layer, where a target's group size does not divide its inputs."""
+    if not isinstance(target, GPTQTarget | AWQTarget) or target.group_size == -1:
+        return
+    for module, (_, columns) in sizes.linears.items():
+        if columns % target.group_size:
+            fitting = [size for size in (16, 32, 64, 128) if all(c % size == 0 for _, c in sizes.linears.values())]
+            remedy = f"group sizes that fit: {', '.join(map(str, fitting))}" if fitting else "quantize to bitsandbytes"
+            raise UnsupportedFormat(
+                f"{target.variant}: group_size {target.group_size} does not divide the {columns} inputs of {module}; {remedy}"
+            )
+
+
+def _dense_shape(checkpoint: Checkpoint, row: Format, module: str) -> tuple[int, ...]:
+    def info(part: str) -> TensorInfo:
+        return checkpoint.tensors[f"{module}.{part}"]
+
+    assert checkpoint.quantization is not None
+    match row.name:
+        case "gptq":  # qweight [I·b/32, O] int32, scales [G, O]
+            bits = _module_bits(checkpoint, module)
+            return info("qweight").shape[1], info("qweight").shape[0] * 32 // bits
+        case "awq":  # qweight [I, O/8] int32
+            return info("qweight").shape[1] * 8, info("qweight").shape[0]
+        case "bnb-int8":
+            return info("weight").shape
+        case "bnb-4bit":
+            return _quant_state_shape(checkpoint, module)
+    raise AssertionError(row.name)
+
+
+def _module_bits(checkpoint: Checkpoint, module: str) -> int:
+    """A GPTQ module's own bits: words of a column over its codes, where g_idx tells how many codes there are."""
+    assert checkpoint.quantization is not None
+    g_idx, qweight = checkpoint.tensors.get(f"{module}.g_idx"), checkpoint.tensors[f"{module}.qweight"]
+    return qweight.shape[0] * 32 // g_idx.shape[0] if g_idx and g_idx.shape[0] else checkpoint.quantization.bits
+
+
+def _quant_state_shape(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
+    """The shape in a bitsandbytes quant_state, which is JSON in a uint8 tensor."""
+    prefix = f"{module}.weight.quant_state.bitsandbytes__"
+    name = next((name for name in checkpoint.tensors if name.startswith(prefix)), None)
+    if name is None:
+        raise CheckpointError(f"{module}: has no quant_state tensor; the checkpoint is incomplete, download it again")
+    info = checkpoint.tensors[name]
+    with (checkpoint.path / checkpoint.weight_map[name]).open("rb") as file:
+        file.seek(info.start)
+        raw = file.read(info.end - info.start)
+    try:
+        return tuple(int(n) for n in json.loads(raw)["shape"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{name}: is no JSON with a shape ({error!r}); the checkpoint is damaged, download it again"
+        ) from error

@@ -1,0 +1,131 @@
+"""What a model can be quantized to: the options of each format, as a recipe or `--to` names them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from pipeline.errors import RecipeError
+
+
+class Section(BaseModel):
+    """A frozen part of the recipe that names the nearest valid key when it meets an unknown one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        valid = {field.alias or name for name, field in cls.model_fields.items()}
+        for key in value:
+            if key not in valid and key not in cls.model_fields:
+                raise ValueError(unknown_key(str(key), valid))
+        return value
+
+
+class _Target(Section):
+    name: Annotated[str | None, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = None
+    """The variant's name in the store; made from the format and bits where it is left out."""
+
+    @property
+    def variant(self) -> str:
+        """The variant's name in the store."""
+        return self.name or self._default_name()
+
+    def _default_name(self) -> str:
+        raise NotImplementedError
+
+
+class BitsAndBytesTarget(_Target):
+    """bitsandbytes NF4, FP4 or int8."""
+
+    format: Literal["bitsandbytes"]
+    bits: Literal[4, 8] = 4
+    type: Literal["nf4", "fp4"] | None = None
+    """The 4-bit data type; `nf4` where it is left out. int8 has none."""
+    double_quant: bool | None = None
+    """Whether the absmax are quantized too; true for 4 bits where it is left out. int8 has none."""
+
+    @model_validator(mode="after")
+    def _int8_has_no_type(self) -> BitsAndBytesTarget:
+        if self.bits == 8 and (self.type is not None or self.double_quant is not None):  # noqa: PLR2004
+            raise ValueError("bitsandbytes with bits: 8 has neither type nor double_quant; leave both out")
+        return self
+
+    def _default_name(self) -> str:
+        return "int8" if self.bits == 8 else (self.type or "nf4")  # noqa: PLR2004
+
+
+class GPTQTarget(_Target):
+    """GPTQ, on disk in the v1 `gptq` layout."""
+
+    format: Literal["gptq"]
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] = 128
+    """Weights that share a scale; -1 is a whole input row."""
+    symmetric: bool = True
+    desc_act: bool = False
+    """Whether columns are rounded in the order of their activations' size."""
+
+    def _default_name(self) -> str:
+        return f"gptq-{self.bits}bit"
+
+
+class AWQTarget(_Target):
+    """AWQ, on disk in the GEMM layout."""
+
+    format: Literal["awq"]
+    bits: Literal[4] = 4
+    group_size: Literal[16, 32, 64, 128] = 128
+    """Weights that share a scale and a zero point."""
+
+    def _default_name(self) -> str:
+        return f"awq-{self.bits}bit"
+
+
+Target = Annotated[BitsAndBytesTarget | GPTQTarget | AWQTarget, Field(discriminator="format")]
+
+
+_ADAPTER: TypeAdapter[Target] = TypeAdapter(Target)
+SHORT = {"nf4": {"format": "bitsandbytes", "type": "nf4"}, "fp4": {"format": "bitsandbytes", "type": "fp4"},
+         "int8": {"format": "bitsandbytes", "bits": 8}}  # fmt: skip
+
+
+def parse_target(text: str) -> Target:
+    """The target in `format:key=value,…`, or in a short name such as nf4; raise RecipeError in one sentence."""
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = dict(SHORT.get(name, {"format": name}))
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise RecipeError(f"--to {text}: {pair} is no key=value; write gptq:bits=4,group_size=128")
+        options[key.strip()] = (
+            int(value) if value.lstrip("-").isdigit() else {"true": True, "false": False}.get(value, value)
+        )
+    try:
+        return _ADAPTER.validate_python(options)
+    except ValidationError as error:
+        raise RecipeError(f"--to {text}: {first_sentence(error)}") from error
+
+
+def unknown_key(key: str, valid: Collection[str]) -> str:
+    """Say that `key` is unknown, with the nearest valid key where one is near."""
+    near = difflib.get_close_matches(key, sorted(valid), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"valid keys are {', '.join(sorted(valid))}"
+    return f"unknown key {key}; {hint}"
+
+
+def first_sentence(error: ValidationError) -> str:
+    """The first of pydantic's findings as `place: what was found`."""
+    first = error.errors(include_url=False)[0]
+    tags = {"bitsandbytes", "gptq", "awq", "Data", "literal['train']"}
+    place = ".".join(str(part) for part in first["loc"] if str(part) not in tags)
+    said = first["msg"].removeprefix("Value error, ")
+    found = first.get("input")
+    shown = f" (found {found!r})" if isinstance(found, (str, int, float, bool)) else ""
+    return f"{place}: {said}{shown}" if place else f"{said}{shown}"

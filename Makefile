@@ -27,5 +27,14 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: setup
+	$(BIN)/python benchmarks/upcast.py
+	$(BIN)/python benchmarks/orchestration.py
+
+gpu-check: setup
+	@echo "On a machine with a CUDA device, in this folder:"
+	@echo "  make setup && $(BIN)/pytest -m gpu -v"
+	@echo "The figures belong in docs/benchmarks.md, with the machine and the date."
+
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import filecmp
 import os
 import re
 import shutil
@@ -187,9 +188,11 @@ class Store:
             blob = self.private / "blobs" / sha[:2] / sha
             blob.parent.mkdir(parents=True, exist_ok=True)
             path = folder / relative
-            if blob.exists():
+            # A blob that was damaged since is replaced by the good file at hand, not linked once more.
+            if blob.exists() and filecmp.cmp(path, blob, shallow=False):
                 _replace_by_link(path, blob)
             else:
+                blob.unlink(missing_ok=True)
                 path.chmod(0o444)  # a version is never written again; an edit through one link would change them all
                 os.link(path, blob)
                 _sync(blob.parent)

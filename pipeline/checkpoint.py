@@ -14,11 +14,12 @@ from pipeline.headers import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# What travels along unchanged, beside the weights: configs, tokenizer, chat template, licence.
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "chat_templates/*.jinja")
+# What travels along unchanged, beside the weights: configs, tokenizer, chat template, licence, and the code of models
+# that bring their own (copied; it runs only where the recipe trusts it).
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "chat_templates/*.jinja")
 # Written anew by whoever writes weights, or of no meaning to the copy.
 NOT_COMPANIONS = frozenset({INDEX, "config.json", "quantize_config.json", "quant_config.json", "artifact.json"})
-HUB_PATTERNS = [*COMPANIONS, "*.safetensors", "*.py"]
+HUB_PATTERNS = [*COMPANIONS, "*.safetensors"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,9 @@ class Quantization:
                 symmetric, ignored = bool(raw.get("sym", True)), raw.get("modules_to_not_convert", raw.get("ignore"))
             names = tuple(str(name) for name in ignored or ())
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"config.json: quantization_config of {method} has an unreadable value ({error})") from error
+            raise CheckpointError(
+                f"config.json: quantization_config of {method} has an unreadable value ({error})"
+            ) from error
         if not method:
             raise CheckpointError("config.json: quantization_config names no quant_method; add it, such as gptq or awq")
         return Quantization(
@@ -81,10 +84,12 @@ class Checkpoint:
         """Open and check a folder; raise a CheckpointError that names what is wrong with it."""
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such folder; name a folder with config.json and safetensors files")
-        config = read_json(path / "config.json")
+        config = read_json(inside(path, "config.json"))
         raw = config.get("quantization_config") or config.get("compression_config")
         if raw is not None and not isinstance(raw, dict):
-            raise CheckpointError(f"{path}/config.json: quantization_config is {type(raw).__name__}, expected an object")
+            raise CheckpointError(
+                f"{path}/config.json: quantization_config is {type(raw).__name__}, expected an object"
+            )
         weight_map, tensors = _open_shards(path)
         return Checkpoint(
             path=path,
@@ -112,7 +117,7 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
-        """transformers' name of the architecture."""
+        """Transformers' name of the architecture."""
         return str(self.config.get("model_type", ""))
 
 
@@ -123,7 +128,9 @@ def open_source(source: str) -> Checkpoint:
         return Checkpoint.open(path)
     repository, _, revision = source.partition("@")
     if source.startswith((".", "/", "~")) or repository.count("/") != 1:
-        raise CheckpointError(f"{source}: no such folder; name a folder, a hub id such as org/model, or a store reference")
+        raise CheckpointError(
+            f"{source}: no such folder; name a folder, a hub id such as org/model, or a store reference"
+        )
     return Checkpoint.open(_snapshot(repository, revision or None))
 
 
@@ -164,7 +171,9 @@ def _open_shards(folder: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
             raise CorruptShard(f"{folder}: {shard} is named by {INDEX} but missing; download the checkpoint again")
         for name, info in read_header(path).items():
             if name in tensors:
-                raise UnexpectedTensor(f"{name}: is in both {weight_map[name]} and {shard}; download the checkpoint again")
+                raise UnexpectedTensor(
+                    f"{name}: is in both {weight_map[name]} and {shard}; download the checkpoint again"
+                )
             weight_map[name], tensors[name] = shard, info
     for name, shard in named.items():
         if weight_map.get(name) != shard:
@@ -175,7 +184,7 @@ def _open_shards(folder: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
 def _named_shards(folder: Path) -> dict[str, str]:
     """The index's weight map, or nothing where a single file holds all."""
     if (folder / INDEX).exists():
-        named = read_json(folder / INDEX).get("weight_map")
+        named = read_json(inside(folder, INDEX)).get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()) or not named:
             raise CheckpointError(f"{folder / INDEX}: has no weight_map of tensor to file; download it again")
         return named

@@ -39,7 +39,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):  # noqa: PLR2004
-                raise CorruptShard(f"{path.name}: says its header has {length} bytes, but the file has {size}; {_AGAIN}")
+                raise CorruptShard(
+                    f"{path.name}: says its header has {length} bytes, but the file has {size}; {_AGAIN}"
+                )
             raw = json.loads(file.read(length))
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptShard(f"{path.name}: its header cannot be read ({error}); {_AGAIN}") from error
@@ -47,7 +49,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise CorruptShard(f"{path.name}: its header is no JSON object; {_AGAIN}")
     raw.pop("__metadata__", None)
     start = 8 + length
-    tensors = sorted(((name, _info(path, name, entry, start)) for name, entry in raw.items()), key=lambda x: (x[1].start, x[1].end))
+    tensors = sorted(
+        ((name, _info(path, name, entry, start)) for name, entry in raw.items()), key=lambda x: (x[1].start, x[1].end)
+    )
     position = start
     for name, info in tensors:
         if info.start != position:

@@ -19,7 +19,7 @@ from pipeline.digests import DigestCache
 from pipeline.errors import DataError
 from pipeline.manifest import Origin
 from pipeline.recipe import Data, Recipe
-from pipeline.rows import chat_template_missing, check_rows
+from pipeline.rows import check_rows, lacks_chat_template
 from pipeline.sizes import Sizes, check_groups, dense_sizes
 from pipeline.targets import Target
 
@@ -131,7 +131,7 @@ def _check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> None:
     files["calibration.data"] = recipe.calibration_data if recipe.calibrated else None
     files["evaluate.data"] = recipe.evaluate.data if recipe.evaluate else None
     for key, data in files.items():
-        if data and check_rows(data, limit=ROWS_CHECKED).kind == "messages" and chat_template_missing(source.path):
+        if data and check_rows(data, limit=ROWS_CHECKED) == "messages" and lacks_chat_template(source.path):
             raise DataError(
                 f"{key}: {data.path} holds messages, but the tokenizer of {source.path} has no chat template"
             )

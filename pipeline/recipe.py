@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from pipeline.errors import RecipeError
 from pipeline.targets import Section, Target, first_sentence
@@ -40,6 +42,11 @@ class Data(Section):
     @classmethod
     def _bare_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Say that a bare path will do: editors and Prefect's form check against this schema, not against the parser."""
+        return {"anyOf": [handler(core), {"type": "string"}]}
 
 
 class Train(Section):
@@ -71,6 +78,7 @@ class Calibration(Section):
     data: Literal["train"] | Data = "train"
     """`train` for the training rows, or a file."""
     samples: Annotated[int, Field(ge=1)] = 128
+    """Sequences of tokens."""
     sequence_length: Annotated[int, Field(ge=16)] = 512
     """Tokens in a sample."""
 
@@ -97,15 +105,18 @@ class Evaluate(Section):
     """What the models are judged on."""
 
     data: Data
+    """The evaluation rows."""
     sequence_length: Annotated[int, Field(ge=8)] = 512
     """Tokens in a window; windows do not overlap."""
     gates: Gates = Gates()
+    """Bounds that a variant must keep to be promoted."""
 
 
 class Promote(Section):
     """What a passing variant gets."""
 
     alias: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")] = "production"
+    """The alias that moves to its version."""
 
     @model_validator(mode="after")
     def _no_version(self) -> Promote:
@@ -127,12 +138,16 @@ class Recipe(Section):
     upcast: Upcast = Upcast()
     train: Train = Train()
     quantize: tuple[Target, ...] = ()
+    """The formats to quantize to; each becomes a variant."""
     calibration: Calibration = Calibration()
     evaluate: Evaluate | None = None
+    """Left out: nothing is measured."""
     promote: Promote | None = None
+    """Left out: no alias moves."""
     store: str = "artifacts"
     """Folder of the artifact store."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """What every random choice starts from."""
 
     CALIBRATED: ClassVar[frozenset[str]] = frozenset({"gptq", "awq"})
 

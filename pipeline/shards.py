@@ -6,19 +6,21 @@ first byte, so every tensor goes straight to its place and memory is bounded by 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
 
 from pipeline.catalog import Format
 from pipeline.checkpoint import INDEX, SINGLE, Checkpoint, inside
+from pipeline.errors import NoSpace
 from pipeline.headers import ITEM_BITS, pack_header
 
 DTYPES = {
@@ -53,12 +55,14 @@ class ShardReader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._open: dict[str, safe_open] = {}
+        self._open: dict[str, Any] = {}  # safetensors' handles are untyped
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._open.clear()
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -122,16 +126,29 @@ class ShardWriter:
         self._shards = shards
 
     def __enter__(self) -> Self:
-        for name, shard in zip(self._names, self._shards, strict=True):
-            header, positions = pack_header({tensor: self._shapes[tensor] for tensor in shard})
-            file = os.open(self._folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            self._files.append(file)
-            size = len(header) + sum(_nbytes(*self._shapes[tensor]) for tensor in shard)
-            if size > len(header):
-                os.posix_fallocate(file, 0, size)  # a full disk says so here, not halfway
-            _write_all(file, memoryview(header), 0)
-            self._places |= {tensor: (file, position) for tensor, position in positions.items()}
+        try:
+            for name, shard in zip(self._names, self._shards, strict=True):
+                self._create(name, shard)
+        except OSError as error:
+            for file in self._files:
+                os.close(file)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            total = sum(_nbytes(*shape) for shape in self._shapes.values())
+            raise NoSpace(
+                f"{self._folder}: cannot hold the {total / 1e9:.2f} GB that are to be written; free space or choose "
+                "another store"
+            ) from error
         return self
+
+    def _create(self, name: str, shard: list[str]) -> None:
+        header, positions = pack_header({tensor: self._shapes[tensor] for tensor in shard})
+        file = os.open(self._folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        self._files.append(file)
+        # A full disk says so here, not halfway.
+        os.posix_fallocate(file, 0, len(header) + sum(_nbytes(*self._shapes[tensor]) for tensor in shard))
+        _write_all(file, memoryview(header), 0)
+        self._places |= {tensor: (file, position) for tensor, position in positions.items()}
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put `tensor` in its place; its dtype and shape must be those announced."""
@@ -140,10 +157,12 @@ class ShardWriter:
         assert (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) == (dtype, tuple(shape)), f"{name}: {tensor.shape}"
         file, position = self._places[name]
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        _write_all(file, memoryview(raw.numpy()), position)
+        _write_all(file, raw.numpy().data, position)
         self._pending.discard(name)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for file in self._files:
             if kind is None:
                 os.fsync(file)

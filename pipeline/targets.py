@@ -69,6 +69,7 @@ class GPTQTarget(_Target):
     group_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] = 128
     """Weights that share a scale; -1 is a whole input row."""
     symmetric: bool = True
+    """Whether the zero point is the middle code."""
     desc_act: bool = False
     """Whether columns are rounded in the order of their activations' size."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,10 +53,11 @@ def run(recipe: Path, *, overrides: Set = [], json: Json = False) -> None:  # no
 
 def _run_flow(plan: Plan, recipe: Recipe) -> dict[str, str]:
     """Run the flow in this process, against the server of PREFECT_API_URL or a temporary one."""
-    from flows.temporary_server import temporary_server
+    from flows.temporary_server import quiet_environment, temporary_server
     from pipeline import child
     from pipeline.execute import preload
 
+    os.environ.update(quiet_environment())  # before Prefect is imported
     if plan.runs:
         child.warm(preload(plan.source.model_type))  # while the server starts
     with showing_progress(), temporary_server():
@@ -114,9 +116,21 @@ def train(recipe: Path, *, overrides: Set = [], json: Json = False) -> None:  # 
             OUT.print(f"{reference}  {place}", markup=False, soft_wrap=True)
 
 
-def schema() -> None:
-    """Print the recipe's JSON Schema, for editors that check YAML."""
-    print_json(Recipe.model_json_schema(by_alias=True))
+def schema(*, reference: Annotated[bool, Parameter(negative="")] = False) -> None:
+    """Print the recipe's JSON Schema, for editors that check YAML.
+
+    Parameters
+    ----------
+    reference
+        Print the reference page in Markdown instead.
+
+    """
+    if reference:
+        from flows import reference as page
+
+        OUT.print(page.reference(), markup=False, soft_wrap=True, end="")
+    else:
+        print_json(Recipe.model_json_schema(by_alias=True))
 
 
 def init(

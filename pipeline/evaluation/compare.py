@@ -15,7 +15,7 @@ from pipeline.evaluation.tasks import Comparison
 from pipeline.gates import Scores
 from pipeline.rows import read_rows
 
-LOGIT_BYTES = 2**28  # float32 logits of one batch
+LOGIT_BYTES = 2**26  # float32 logits of one batch
 
 
 def compare(task: Comparison) -> Scores:

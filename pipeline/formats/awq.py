@@ -1,0 +1,75 @@
+"""AWQ, in the GEMM layout.
+
+On disk (gptqmodel, quantization/awq/utils/packing_utils.py; AutoAWQ wrote the same), I in and O out features, 4 bits, G
+groups of I / group size inputs:
+
+- `qweight`: int32 [I, O / 8]; nibble k of word j is output 8 j + (0, 2, 4, 6, 1, 3, 5, 7)[k].
+- `qzeros`: int32 [G, O / 8], laid alike, stored as they are.
+- `scales`: float16 [G, O].
+
+W = (code - zero) * scale. The activation scales that the algorithm searches for are already folded into the layer
+before, so these weights belong to this checkpoint's norms, never to the original's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint import Quantization
+from pipeline.errors import UnsupportedFormat
+from pipeline.formats.components import FLOATS, WORDS, grid_of, require, require_finite
+from pipeline.shards import TensorGroup
+
+BITS = (4,)
+# Where output c of each eight lies: the inverse of the order above, in bits.
+SHIFTS = tuple(4 * nibble for nibble in (0, 4, 1, 5, 2, 6, 3, 7))
+_CHUNK = 1 << 17  # codes unpacked at a time: half a MiB of floats stays in the cache
+
+
+def dense_shape(group: TensorGroup, quantization: Quantization) -> tuple[int, ...]:
+    """[O, I], from qweight's shape, checked against those of qzeros and scales."""
+    _check_version(quantization)
+    grid = grid_of(group, quantization, bits=BITS)
+    inputs, words = require(group, "qweight", dtypes=WORDS, shape=(-1, -1)).shape
+    groups = grid.groups(inputs)
+    if not inputs or inputs % groups or (grid.group_size != -1 and inputs % grid.group_size):
+        raise UnsupportedFormat(
+            f"{group.module}: group size {grid.group_size} does not divide its {inputs} inputs; "
+            "fix group_size in config.json"
+        )
+    require(group, "qzeros", dtypes=WORDS, shape=(groups, words))
+    require(group, "scales", dtypes=FLOATS, shape=(groups, 8 * words))
+    return 8 * words, inputs
+
+
+def dequantize(group: TensorGroup, quantization: Quantization) -> Tensor:
+    """float32 [O, I]: (code - zero) * scale, exact; gptqmodel rounds the same products to the scales' dtype."""
+    outputs, inputs = dense_shape(group, quantization)
+    qweight = group.tensors["qweight"]
+    scales = require_finite(group, "scales", group.tensors["scales"].float()).T.contiguous()
+    zeros = _unpack(group.tensors["qzeros"]).float()
+    out = torch.empty(outputs, inputs, dtype=torch.float32, device=qweight.device)
+    step = max(1, _CHUNK // (8 * inputs))
+    for start in range(0, qweight.shape[1], step):
+        rows = slice(8 * start, 8 * (start + step))
+        part = (
+            out[rows]
+            .copy_(_unpack(qweight[:, start : start + step]))
+            .view(-1, scales.shape[1], inputs // scales.shape[1])
+        )
+        part.sub_(zeros[rows, :, None]).mul_(scales[rows, :, None])
+    return out
+
+
+def _unpack(words: Tensor) -> Tensor:
+    """int32 [R, W] → codes as int32 [8 W, R]."""
+    shifts = torch.tensor(SHIFTS, dtype=torch.int32, device=words.device)
+    return (words.T.contiguous().unsqueeze(1) >> shifts[:, None]).bitwise_and_(15).flatten(0, 1)
+
+
+def _check_version(quantization: Quantization) -> None:
+    for key in ("version", "checkpoint_format", "format"):
+        found = str(quantization.raw.get(key) or "gemm").lower()
+        if found != "gemm":
+            raise UnsupportedFormat(f"awq {key} {found} cannot be read, only gemm; repack it with gptqmodel")

@@ -1,0 +1,139 @@
+"""bitsandbytes NF4 and FP4, with and without double quantization.
+
+On disk (bitsandbytes, functional.py `QuantState.as_dict(packed=True)` and backends/default/ops.py), N = O * I:
+
+- `weight`: ceil(N / 2) bytes, the even element in the HIGH nibble; stored as uint8 or, through quant_storage, as any
+  other dtype of the same bytes.
+- `weight.quant_map`: float32 [16], what each code stands for: NF4's and FP4's only difference on disk.
+- `weight.absmax`: float32 [ceil(N / blocksize)].
+- `weight.quant_state.bitsandbytes__nf4` (`__fp4`): a JSON object as uint8: quant_type, blocksize, dtype, shape.
+- double quantization: `absmax` is uint8, `weight.nested_absmax` float32 [ceil(blocks / nested_blocksize)],
+  `weight.nested_quant_map` float32 [256], and nested_blocksize and nested_offset in the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint import Quantization
+from pipeline.errors import CheckpointError, MissingTensor, UnsupportedFormat
+from pipeline.formats.components import FLOATS, require, require_finite
+from pipeline.formats.words import look_up
+from pipeline.shards import TensorGroup
+
+STATE = "weight.quant_state.bitsandbytes__"
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that bitsandbytes has kernels for
+_CHUNK = 1 << 17  # bytes unpacked at a time: their 1 MiB of floats stays in the cache; a multiple of every block size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _State:
+    shape: tuple[int, ...]
+    blocksize: int
+    nested_blocksize: int
+    nested_offset: float
+
+
+def dense_shape(group: TensorGroup, quantization: Quantization) -> tuple[int, ...]:  # noqa: ARG001 - the state says all
+    """The shape that the module's quant_state names, checked against the bytes there are."""
+    state = _state(group)
+    packed = _packed(group)
+    if packed.numel() != -(-math.prod(state.shape) // 2):
+        raise CheckpointError(
+            f"{group.module}: weight has {packed.numel()} bytes, but its quant_state says shape {list(state.shape)}; "
+            "download the checkpoint again"
+        )
+    return state.shape
+
+
+def dequantize(group: TensorGroup, quantization: Quantization) -> Tensor:
+    """float32 [O, I]: quant_map[code] * absmax of its block, in float32 as bitsandbytes computes it."""
+    shape = dense_shape(group, quantization)
+    state, packed = _state(group), _packed(group)
+    scales = _scales(group, state, -(-math.prod(shape) // state.blocksize))
+    codes = require_finite(
+        group, "weight.quant_map", require(group, "weight.quant_map", dtypes=FLOATS, shape=(16,)).float()
+    )
+    every = torch.arange(256, device=codes.device)
+    pairs = torch.stack((codes[every >> 4], codes[every & 15]), dim=1)
+    out = torch.empty(2 * packed.numel(), dtype=torch.float32, device=packed.device)
+    for start in range(0, packed.numel(), _CHUNK):
+        part = out[2 * start : 2 * (start + _CHUNK)]
+        look_up(pairs, packed[start : start + _CHUNK], part)
+        _scale(part, scales[2 * start // state.blocksize :], state.blocksize)
+    return out[: math.prod(shape)].view(shape)
+
+
+def _scale(values: Tensor, scales: Tensor, blocksize: int) -> None:
+    """Multiply each block of `values` by its scale, in place; the last block may be short."""
+    blocks, rest = divmod(values.numel(), blocksize)
+    values[: blocks * blocksize].view(blocks, blocksize).mul_(scales[:blocks, None])
+    if rest:
+        values[blocks * blocksize :].mul_(scales[blocks])
+
+
+def _scales(group: TensorGroup, state: _State, blocks: int) -> Tensor:
+    name = "weight.absmax"
+    if "weight.nested_absmax" not in group.tensors:
+        return require_finite(group, name, require(group, name, dtypes=FLOATS, shape=(blocks,)).float())
+    codes = require(group, name, dtypes=(torch.uint8,), shape=(blocks,))
+    size = state.nested_blocksize
+    nested = require(group, "weight.nested_absmax", dtypes=FLOATS, shape=(-(-blocks // size),)).float()
+    table = require(group, "weight.nested_quant_map", dtypes=FLOATS, shape=(256,)).float()
+    scales = table[codes.int()] * nested.repeat_interleave(size)[:blocks] + state.nested_offset
+    return require_finite(group, name, scales)
+
+
+def _packed(group: TensorGroup) -> Tensor:
+    """The weight's bytes, uint8 [ceil(N / 2)]."""
+    if "weight" not in group.tensors:
+        raise MissingTensor(f"{group.module}: weight is in no shard; the checkpoint is incomplete, download it again")
+    return group.tensors["weight"].contiguous().flatten().view(torch.uint8)
+
+
+def _state(group: TensorGroup) -> _State:
+    names = [name for name in group.tensors if name.startswith(STATE)]
+    if len(names) != 1:
+        raise MissingTensor(
+            f"{group.module}: has {len(names)} quant_state tensors, expected 1; the checkpoint is incomplete, "
+            "download it again"
+        )
+    raw = _json(group, names[0])
+    try:
+        kind, shape = raw["quant_type"], tuple(int(n) for n in raw["shape"])
+        blocksize, nested_blocksize = int(raw["blocksize"]), int(raw.get("nested_blocksize", 256))
+        offset = float(raw.get("nested_offset", 0.0))
+        valid = min(shape, default=0) > 0 and nested_blocksize > 0 and math.isfinite(offset)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{group.module}: its quant_state cannot be read ({error!r}); {_AGAIN}") from error
+    if not valid:
+        raise CheckpointError(
+            f"{group.module}: its quant_state says shape {list(shape)}, nested_blocksize {nested_blocksize}, "
+            f"nested_offset {offset}, which cannot be; {_AGAIN}"
+        )
+    if kind not in {"nf4", "fp4"} or blocksize not in BLOCK_SIZES:
+        raise UnsupportedFormat(
+            f"{group.module}: bitsandbytes {kind} in blocks of {blocksize} cannot be read, only nf4 and fp4 in "
+            f"blocks of {', '.join(map(str, BLOCK_SIZES))}"
+        )
+    return _State(shape=shape, blocksize=blocksize, nested_blocksize=nested_blocksize, nested_offset=offset)
+
+
+_AGAIN = "download the checkpoint again"
+
+
+def _json(group: TensorGroup, name: str) -> dict[str, Any]:
+    raw = require(group, name, dtypes=(torch.uint8,), shape=(-1,))
+    try:
+        value = json.loads(bytes(raw.cpu().numpy()))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{group.module}: its quant_state is not JSON ({error}); {_AGAIN}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{group.module}: its quant_state is {type(value).__name__}, not an object; {_AGAIN}")
+    return value

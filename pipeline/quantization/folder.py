@@ -1,0 +1,162 @@
+"""The quantized folder, made from the dense one and what a library wrote.
+
+A library is believed about packed weights and its `quantization_config`, and about nothing else: config, tokenizer and
+dense tensors are the parent's own bytes, so that the same weights always give the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.catalog import Format, format_to
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import NonFinite, ReloadMismatch
+from pipeline.formats.components import all_finite
+from pipeline.shards import DTYPES, ShardReader, ShardWriter
+from pipeline.targets import Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """One quantized checkpoint to be written, in values that travel to another process.
+
+    `dense` is the parent's folder, `out` the folder to make, `scratch` one for the library's own files; whatever is in
+    the last two goes. `calibration` holds token ids, a tuple for each sample, and is empty where the format needs none.
+    """
+
+    dense: Path
+    out: Path
+    scratch: Path
+    target: Target
+    calibration: tuple[tuple[int, ...], ...] = ()
+    seed: int = 0
+    trust_remote_code: bool = False
+
+    def begin(self) -> Checkpoint:
+        """Empty `scratch`, remove `out`, and open the parent; raise NonFinite where a weight of it is no number."""
+        for folder in (self.out, self.scratch):
+            if folder.exists():
+                shutil.rmtree(folder)
+        self.scratch.mkdir(parents=True)
+        parent = Checkpoint.open(self.dense)
+        # The libraries pack a NaN without a word: it becomes a code like any other.
+        with ShardReader(parent) as reader:
+            for name in parent.tensors:
+                _finite(name, reader[name], remedy="train again with a lower learning rate, or download it again")
+        return parent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What became of the weights: which modules are packed, which weight matrices stayed dense, and how large it is.
+
+    `packed_bits_per_weight` counts scales and zero points; `bits_per_weight` is over all tensors of the model.
+    """
+
+    packed: tuple[str, ...]
+    dense: tuple[str, ...]
+    packed_bits_per_weight: float
+    bits_per_weight: float
+
+
+def write_folder(
+    order: Order, parent: Checkpoint, made: Checkpoint, *, quantization: Mapping[str, Any], scaled: bool = False
+) -> Written:
+    """Write `order.out` from the parent and the library's folder `made`; `quantization` goes into its config.json.
+
+    `scaled` says that the library folded scales into dense tensors too (AWQ): those that it changed are taken from it,
+    in the parent's dtype. Raise NonFinite for a NaN or infinity among them or the scales, ReloadMismatch where the library's
+    tensors are not the parent's, some of them packed.
+    """
+    row = format_to(order.target)
+    packed = row.packed_modules(made.tensors)
+    sources = dict(_sources(parent, made, packed, scaled=scaled))
+    _check_complete(parent, made, row, set(sources))
+    order.out.mkdir(parents=True)
+    shapes = {name: (dtype, shape) for name, (_, dtype, shape) in sources.items()}
+    with ShardReader(parent) as dense, ShardReader(made) as library, ShardWriter(order.out, shapes) as writer:
+        for name, (from_library, dtype, _) in sources.items():
+            if not from_library:
+                writer.write(name, dense[name])
+                continue
+            tensor = library[name]
+            if name in parent.tensors and torch.equal(tensor, dense[name].to(tensor.dtype)):
+                tensor = dense[name]  # not scaled after all: the parent's may be of higher precision
+            tensor = tensor.to(DTYPES[dtype])
+            writer.write(name, _finite(name, tensor, remedy="quantize to more bits or with more calibration rows"))
+    config = {**parent.config, "quantization_config": dict(quantization)}
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (order.out / "config.json").write_text(text, encoding="utf-8")
+    for name in parent.companions:
+        (order.out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(parent.path / name, order.out / name)
+    return _written(parent, Checkpoint.open(order.out), row)
+
+
+_Source = tuple[bool, str, tuple[int, ...]]
+
+
+def _sources(
+    parent: Checkpoint, made: Checkpoint, packed: Mapping[str, tuple[str, ...]], *, scaled: bool
+) -> Iterator[tuple[str, _Source]]:
+    """Tensor to write → whether it comes from the library, its dtype and shape; in the parent's order."""
+    for name, info in parent.tensors.items():
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in packed:
+            for part in packed[module]:
+                component = made.tensors[f"{module}.{part}"]
+                # gptqmodel keeps AWQ's scales in the model's dtype, the layout says float16.
+                dtype = "F16" if part == "scales" else component.dtype
+                yield f"{module}.{part}", (True, dtype, component.shape)
+        else:
+            scaled_by_library = scaled and name in made.tensors
+            if scaled_by_library and made.tensors[name].shape != info.shape:
+                found, expected = list(made.tensors[name].shape), list(info.shape)
+                raise ReloadMismatch(f"{name}: has shape {found} after quantization, {expected} before; report this")
+            yield name, (scaled_by_library, info.dtype, info.shape)
+
+
+def _check_complete(parent: Checkpoint, made: Checkpoint, row: Format, taken: set[str]) -> None:
+    """Raise ReloadMismatch unless what is left over is a tied copy or a bias of zeros."""
+    with ShardReader(made) as library:
+        for name in sorted(set(made.tensors) - taken):
+            tied = name.endswith("lm_head.weight") and bool(parent.config.get("tie_word_embeddings"))
+            if not (tied or (name.endswith(".bias") and not library[name].any())):
+                raise ReloadMismatch(
+                    f"{name}: was written by the library for {row.title}, but the dense model has no such tensor; this "
+                    "architecture cannot be written in this format"
+                )
+
+
+def _finite(name: str, tensor: Tensor, *, remedy: str) -> Tensor:
+    if tensor.is_floating_point() and not all_finite(tensor):
+        raise NonFinite(f"{name}: holds NaN or infinity; {remedy}")
+    return tensor
+
+
+def _written(parent: Checkpoint, made: Checkpoint, row: Format) -> Written:
+    parts = row.packed_modules(made.tensors)
+    matrices = [name.removesuffix(".weight") for name, info in parent.tensors.items()
+                if name.endswith(".weight") and len(info.shape) > 1]  # fmt: skip
+    weights = sum(math.prod(parent.tensors[f"{module}.weight"].shape) for module in parts)
+    nbytes = sum(
+        made.tensors[f"{module}.{part}"].end - made.tensors[f"{module}.{part}"].start
+        for module, found in parts.items()
+        for part in found
+    )
+    everything = sum(math.prod(info.shape) for info in parent.tensors.values())
+    return Written(
+        packed=tuple(parts),
+        dense=tuple(module for module in matrices if module not in parts),
+        packed_bits_per_weight=8 * nbytes / weights if weights else 0.0,
+        bits_per_weight=8 * made.nbytes / everything,
+    )

@@ -1,0 +1,140 @@
+"""GPTQ and AWQ, written by gptqmodel. Importing it changes transformers, so `write` runs in a process of its own.
+
+Two things of gptqmodel 7.6 are set right here. Its AWQ is symmetric unless told otherwise. And on a CPU it multiplies
+in the checkpoint's bfloat16, which a processor without AVX512-BF16 only emulates, at a sixth of float32's speed. GPTQ
+therefore runs in float32. AWQ must not: its scale search keeps the weights to go back to with `.to(torch.float32)`,
+which copies nothing where they are float32 already, and every scale it tries then stays in them (perplexity 73 became
+102). There the layers alone compute in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline import progress
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import StageFailed, UnsupportedFormat
+from pipeline.quantization.folder import Order, Written, write_folder
+from pipeline.sizes import Sizes, check_groups
+from pipeline.targets import AWQTarget, GPTQTarget
+
+# Must be there before gptqmodel is imported: with its own count it stops on a machine of two cores.
+ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2"}
+# What loaders read. The rest of gptqmodel's config (`meta`: paths, timings, device strategies) says how, not what.
+CONFIG_KEYS = ("bits", "group_size", "sym", "desc_act", "lm_head", "quant_method", "format", "checkpoint_format",
+               "pack_dtype", "zero_point", "version")  # fmt: skip
+WORD = 32  # bits of the int32 that codes are packed into
+AWQ_COLUMNS = 8  # codes of AWQ's GEMM layout in one word, along the outputs
+
+
+def check(sizes: Sizes, target: GPTQTarget | AWQTarget) -> None:
+    """Raise UnsupportedFormat, naming the layer, where groups or packed words do not divide its sides."""
+    check_groups(sizes, target)
+    for module, (outputs, inputs) in sizes.linears.items():
+        if isinstance(target, AWQTarget):
+            sides = [("outputs", outputs, AWQ_COLUMNS)]
+        else:  # codes are packed along the inputs, zero points along the outputs
+            step = WORD if target.bits == 3 else WORD // target.bits  # noqa: PLR2004 - 32 codes of 3 bits share 3 words
+            sides = [("inputs", inputs, step), ("outputs", outputs, step)]
+        for side, count, step in sides:
+            if count % step:
+                raise UnsupportedFormat(
+                    f"{target.variant}: the {count} {side} of {module} are no multiple of {step}, as its packed words "
+                    "need; quantize to bitsandbytes"
+                )
+
+
+def write(order: Order) -> Written:
+    """Quantize `order.dense` to GPTQ (v1 layout) or AWQ (GEMM layout) and write `order.out`.
+
+    The same order gives the same bytes on the same kind of device. Source of the algorithms: arXiv 2210.17323 and
+    2306.00978, as gptqmodel implements them.
+    """
+    assert isinstance(order.target, GPTQTarget | AWQTarget)
+    assert order.calibration, "GPTQ and AWQ are calibrated"
+    parent = order.begin()
+    with contextlib.chdir(order.scratch):  # it writes logs into the current folder
+        raw = _quantize(order, parent, order.target)
+    made = Checkpoint.open(order.scratch / "made")
+    kept = {key: raw[key] for key in CONFIG_KEYS if key in raw}
+    kept["meta"] = {"quantizer": raw["meta"]["quantizer"]}
+    return write_folder(order, parent, made, quantization=kept, scaled=isinstance(order.target, AWQTarget))
+
+
+def _quantize(order: Order, parent: Checkpoint, target: GPTQTarget | AWQTarget) -> Mapping[str, Any]:
+    """Let gptqmodel write `scratch/made`; return the quantization_config that it wrote."""
+    import torch
+    import transformers
+    from gptqmodel import BACKEND, GPTQModel
+
+    transformers.set_seed(order.seed)
+    cuda = torch.cuda.is_available()
+    awq = isinstance(target, AWQTarget)
+    if awq and not cuda:
+        _multiply_in_float32(torch.nn)
+    model = GPTQModel.load(
+        str(order.dense),
+        _config(target, "cuda:0" if cuda else "cpu"),
+        trust_remote_code=order.trust_remote_code,
+        dtype=_dtype(parent) if cuda or awq else torch.float32,
+    )
+    model.layer_callback = _Layers(target.variant, int(parent.config.get("num_hidden_layers", 0)))
+    rows = [{"input_ids": list(ids), "attention_mask": [1] * len(ids)} for ids in order.calibration]
+    # Left to itself it chooses an AWQ kernel that only CUDA has.
+    model.quantize(rows, backend=BACKEND.AWQ_TORCH if awq and not cuda else BACKEND.AUTO, batch_size=1)
+    made = order.scratch / "made"
+    model.save_quantized(str(made))
+    raw = Checkpoint.open(made).config.get("quantization_config")
+    if not isinstance(raw, dict):
+        raise StageFailed(f"{target.variant}: gptqmodel wrote no quantization_config; report this with its version")
+    return raw
+
+
+def _config(target: GPTQTarget | AWQTarget, device: str) -> Any:
+    from gptqmodel.quantization import AWQConfig, GPTQConfig
+
+    if isinstance(target, AWQTarget):
+        return AWQConfig(
+            bits=target.bits, group_size=target.group_size, sym=False, device=device, offload_to_disk=False
+        )
+    return GPTQConfig(
+        bits=target.bits,
+        group_size=target.group_size,
+        sym=target.symmetric,
+        desc_act=target.desc_act,
+        device=device,
+        offload_to_disk=False,
+    )
+
+
+def _dtype(parent: Checkpoint) -> Any:
+    """The parent's own 16-bit type, or bfloat16: the packing classes take no float32."""
+    import torch
+
+    return (
+        torch.float16 if parent.config.get("dtype", parent.config.get("torch_dtype")) == "float16" else torch.bfloat16
+    )
+
+
+def _multiply_in_float32(nn: Any) -> None:
+    """Let every linear layer of this process cast, multiply in float32 and cast back."""
+
+    def forward(layer: Any, values: Any) -> Any:
+        bias = None if layer.bias is None else layer.bias.float()
+        return nn.functional.linear(values.float(), layer.weight.float(), bias).to(values.dtype)
+
+    nn.Linear.forward = forward
+
+
+class _Layers:
+    """gptqmodel's callback after each decoder layer, as progress."""
+
+    def __init__(self, variant: str, total: int) -> None:
+        self._unit, self._total = f"{variant} layers", total
+
+    def layer_complete(self, *, layer_idx: int, submodule_finalized: bool) -> None:
+        """Say that a layer is quantized; it is called a second time once that is packed."""
+        if not submodule_finalized:
+            progress.step("quantize", done=layer_idx + 1, total=max(self._total, layer_idx + 1), unit=self._unit)

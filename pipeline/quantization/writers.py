@@ -1,0 +1,42 @@
+"""Which writer makes which target, what is checked before, and the process that each runs in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from typing import Any
+
+from pipeline import child
+from pipeline.catalog import DENSE, format_to, require_libraries
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import UnsupportedFormat
+from pipeline.quantization import gptqmodel
+from pipeline.quantization.folder import Order, Written
+from pipeline.sizes import dense_sizes
+from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target
+
+WRITERS: dict[type[Any], str] = {
+    BitsAndBytesTarget: "pipeline.quantization.bitsandbytes:write",
+    GPTQTarget: "pipeline.quantization.gptqmodel:write",
+    AWQTarget: "pipeline.quantization.gptqmodel:write",
+}
+
+
+def check(dense: Checkpoint, targets: Iterable[Target]) -> None:
+    """Raise UnsupportedFormat or MissingLibrary where one of the targets cannot be made from `dense`."""
+    if dense.quantization is not None:
+        raise UnsupportedFormat(
+            f"{dense.path}: is quantized already ({dense.quantization.method}); upcast it, then quantize what comes out"
+        )
+    sizes = dense_sizes(dense, DENSE)
+    for target in targets:
+        require_libraries(format_to(target))
+        if isinstance(target, GPTQTarget | AWQTarget):
+            gptqmodel.check(sizes, target)
+
+
+def write(order: Order) -> Written:
+    """Write one quantized checkpoint in a process of its own, and clear the library's files away."""
+    written: Written = child.run(WRITERS[type(order.target)], order, environment=gptqmodel.ENVIRONMENT)
+    shutil.rmtree(order.scratch)
+    return written

@@ -1,0 +1,1 @@
+"""Tests of the formats, each against the library that owns it."""

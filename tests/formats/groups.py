@@ -1,0 +1,33 @@
+"""Packed modules that tests build by hand, and packers that are the inverse of the readers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint import Quantization
+from pipeline.shards import TensorGroup
+
+
+def packed(tensors: Mapping[str, Tensor], module: str = "layer") -> TensorGroup:
+    return TensorGroup(module=module, tensors=dict(tensors), packed=True)
+
+
+def quantized(method: str, **raw: Any) -> Quantization:
+    return Quantization.parse({"quant_method": method, **raw})
+
+
+def words(codes: Sequence[int], bits: int) -> list[int]:
+    """The signed 32-bit words of a little-endian bit stream, by one big integer: nothing shared with the reader."""
+    stream = sum(code << (bits * i) for i, code in enumerate(codes))
+    count = -(-len(codes) * bits // 32)
+    raw = [(stream >> (32 * i)) & 0xFFFFFFFF for i in range(count)]
+    return [word - (1 << 32) if word >> 31 else word for word in raw]
+
+
+def pack_last(codes: Tensor, bits: int) -> Tensor:
+    """Codes [R, C] → int32 [R, ceil(C * bits / 32)]."""
+    return torch.tensor([words(row, bits) for row in codes.tolist()], dtype=torch.int32)

@@ -1,0 +1,36 @@
+"""Unpacking is the inverse of laying codes in a bit stream."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.formats.words import unpack
+from tests.formats.groups import words
+
+
+def test_eight_nibbles_come_out_lowest_first():
+    assert unpack(torch.tensor([0x76543210]), 4).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_the_sign_bit_of_a_word_is_a_bit_like_any_other():
+    assert unpack(torch.tensor([-1], dtype=torch.int32), 8).tolist() == [255] * 4
+    assert unpack(torch.tensor([-(2**31)], dtype=torch.int32), 2).tolist() == [0] * 15 + [2]
+
+
+def test_three_bit_codes_straddle_words():
+    """Code 10 lies in bits 30..32, code 21 in bits 63..65."""
+    low = torch.tensor([-(2**31) | 2**30, 1, 0], dtype=torch.int32)
+    assert unpack(low, 3)[10] == 7
+    high = torch.tensor([0, -(2**31), 3], dtype=torch.int32)
+    assert unpack(high, 3)[21] == 7
+    assert unpack(high, 3).sum() == 7
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@given(data=st.data())
+def test_any_codes_come_back(bits, data):
+    codes = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=32, max_size=32)) * 2
+    stored = torch.tensor([words(codes, bits)], dtype=torch.int32)
+    assert unpack(stored, bits).tolist() == [codes]
+    assert unpack(stored.expand(3, 2, -1), bits).tolist() == [[codes] * 2] * 3

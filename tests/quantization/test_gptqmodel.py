@@ -1,0 +1,136 @@
+"""GPTQ and AWQ folders hold what gptqmodel packed, and load in transformers with nothing missing or left over."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline import child, progress
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import UnsupportedFormat
+from pipeline.quantization import gptqmodel, writers
+from pipeline.quantization.folder import Order
+from pipeline.sizes import Sizes
+from pipeline.targets import AWQTarget, GPTQTarget
+from tests.checkpoints import tiny_llama
+
+TARGETS = {
+    "gptq": GPTQTarget(format="gptq", group_size=32),
+    "awq": AWQTarget(format="awq", group_size=32),
+}
+
+
+def sizes(outputs, inputs):
+    return Sizes(shapes={"model.layers.0.mlp.up_proj.weight": (outputs, inputs), "lm_head.weight": (7, inputs)})
+
+
+def test_a_group_size_that_does_not_divide_the_inputs_is_refused_with_those_that_do():
+    with pytest.raises(UnsupportedFormat, match=r"group_size 128 .* 96 inputs of model.layers.0.mlp.up_proj.*16, 32$"):
+        gptqmodel.check(sizes(64, 96), AWQTarget(format="awq"))
+
+
+@pytest.mark.parametrize(
+    ("target", "outputs", "inputs", "said"),
+    [
+        (AWQTarget(format="awq", group_size=16), 12, 64, "12 outputs .* multiple of 8"),
+        (GPTQTarget(format="gptq", group_size=-1), 12, 64, "12 outputs .* multiple of 8"),
+        (GPTQTarget(format="gptq", group_size=-1), 64, 12, "12 inputs .* multiple of 8"),
+        (GPTQTarget(format="gptq", bits=3, group_size=-1), 64, 48, "48 inputs .* multiple of 32"),
+        (GPTQTarget(format="gptq", bits=2, group_size=-1), 24, 64, "24 outputs .* multiple of 16"),
+    ],
+)
+def test_sides_that_do_not_fill_packed_words_are_refused_with_the_layer(target, outputs, inputs, said):
+    with pytest.raises(UnsupportedFormat, match=said):
+        gptqmodel.check(sizes(outputs, inputs), target)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_what_fits_is_let_through_whatever_the_heads_size(bits):
+    gptqmodel.check(sizes(64, 96), GPTQTarget(format="gptq", bits=bits, group_size=32))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("dense"), dtype="float16")
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def made(request, dense, tmp_path_factory):
+    """(order, what the writer said of it, the events that it sent), for each target."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, 255, (8, 64), generator=generator).tolist()
+    folder = tmp_path_factory.mktemp(request.param)
+    order = Order(
+        dense=dense, out=folder / "out", scratch=folder / "scratch", target=TARGETS[request.param],
+        calibration=tuple(map(tuple, rows)),
+    )  # fmt: skip
+    events = []
+    with progress.shown_by(events.append):
+        return order, writers.write(order), events
+
+
+@pytest.mark.slow
+def test_fresh_processes_reload_it_whole_and_agree_to_the_last_bit(made, dense):
+    order, _, _ = made
+    first, second = (child.run("tests.quantization.reloading:logits", order.out, "float16") for _ in range(2))
+    assert not any(first["report"].values()), first["report"]
+    assert first["logits"] == second["logits"]
+    kinds = first["modules"]
+    assert kinds["lm_head"] == "Linear"
+    assert kinds["model.layers.1.mlp.down_proj"] != "Linear"
+    # 4 bits move the logits of a random model by a tenth of their spread; wrong scales or order by all of it.
+    right = torch.tensor(child.run("tests.quantization.reloading:logits", dense, "float16")["logits"])
+    error = (torch.tensor(first["logits"]) - right).std() / right.std()
+    assert 0 < error < 0.3
+
+
+@pytest.mark.slow
+def test_every_linear_layer_is_packed_and_nothing_is_added(made, dense):
+    order, written, _ = made
+    tensors, before = load_file(order.out / "model.safetensors"), load_file(dense / "model.safetensors")
+    parts = ["qweight", "qzeros", "scales"] + (["g_idx"] if order.target.format == "gptq" else [])
+    layers = [name.removesuffix(".weight") for name in before if name.endswith("_proj.weight")]
+    assert sorted(written.packed) == sorted(layers)
+    assert written.dense == ("lm_head", "model.embed_tokens")
+    kept = {name for name in before if not name.endswith("_proj.weight")}
+    assert set(tensors) == kept | {f"{layer}.{part}" for layer in layers for part in parts}
+    assert all(tensors[name].dtype == before[name].dtype for name in kept)
+    assert torch.equal(tensors["lm_head.weight"], before["lm_head.weight"])
+
+
+@pytest.mark.slow
+def test_the_config_says_what_the_weights_are_and_nothing_of_the_machine(made, dense):
+    order, _, _ = made
+    config = json.loads((order.out / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    assert config == Checkpoint.open(dense).config
+    assert quantization["quant_method"] == order.target.format
+    assert (quantization["bits"], quantization["group_size"]) == (4, 32)
+    assert list(quantization["meta"]) == ["quantizer"]
+    if order.target.format == "awq":
+        assert quantization["zero_point"] is True
+        assert quantization["version"] == "gemm"
+    else:
+        assert quantization["checkpoint_format"] == "gptq"
+        assert quantization["sym"] is True
+    assert sorted(path.name for path in order.out.iterdir()) == sorted(path.name for path in dense.iterdir())
+    assert not order.scratch.exists()
+
+
+@pytest.mark.slow
+def test_each_layer_is_an_event(made):
+    order, _, events = made
+    steps = [event for event in events if isinstance(event, progress.Step)]
+    assert [(step.done, step.total) for step in steps] == [(1, 2), (2, 2)]
+    assert {step.unit for step in steps} == {f"{order.target.variant} layers"}
+
+
+@pytest.mark.slow
+def test_the_same_order_gives_the_same_bytes(made, tmp_path):
+    order, _, _ = made
+    again = replace(order, out=tmp_path / "again", scratch=tmp_path / "scratch")
+    writers.write(again)
+    for path in order.out.iterdir():
+        assert path.read_bytes() == (again.out / path.name).read_bytes(), path.name

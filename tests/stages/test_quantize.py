@@ -1,0 +1,111 @@
+"""Quantize checks every target before it makes the first, and gives each up as soon as it is written."""
+
+import importlib.util
+import json
+
+import pytest
+
+from pipeline import child
+from pipeline.catalog import FORMATS
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import DataError, MissingLibrary, UnsupportedFormat
+from pipeline.recipe import Data
+from pipeline.stages import Job, quantize
+from tests.checkpoints import tiny_llama
+
+NF4 = {"format": "bitsandbytes"}
+INT8 = {"format": "bitsandbytes", "bits": 8, "name": "small"}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("dense"), layers=1)
+
+
+@pytest.fixture
+def orders(monkeypatch):
+    """The orders that reach a writer's process, none of which is started."""
+    seen = []
+
+    def run(_, order, **__):
+        seen.append(order)
+        raise RuntimeError("no process in this test")
+
+    monkeypatch.setattr(child, "run", run)
+    return seen
+
+
+def job(dense, workspace, *targets, data=None, samples=4, sequence_length=16):
+    return Job(
+        inputs={"dense": dense},
+        options={
+            "targets": list(targets),
+            "calibration": {"samples": samples, "sequence_length": sequence_length},
+            "seed": 0,
+        },
+        workspace=workspace,
+        data={"calibration": Data(path=str(data))} if data else {},
+    )
+
+
+def rows(path, count):
+    path.write_text("".join(json.dumps({"text": f"the sum of {i} and {i + 1}"}) + "\n" for i in range(count)))
+    return path
+
+
+def test_each_target_is_an_output_as_soon_as_it_is_written(dense, tmp_path):
+    outputs = quantize.run(job(dense, tmp_path, NF4, INT8))
+    first = next(outputs)
+    assert (first.variant, first.folder.name) == ("nf4", "nf4")
+    assert [path.name for path in tmp_path.iterdir()] == ["nf4"]
+    assert Checkpoint.open(first.folder).quantization.bits == 4
+    second = next(outputs)
+    assert second.variant == "small"
+    packed = FORMATS["bnb-int8"].packed_modules(Checkpoint.open(second.folder).tensors)
+    assert second.metrics["packed_modules"] == len(packed) == 7
+    assert 8 < second.metrics["packed_bits_per_weight"] < second.metrics["bits_per_weight"] < 16
+    assert second.notes == {"dense": ["lm_head", "model.embed_tokens"]}
+    assert next(outputs, None) is None
+
+
+def test_no_target_is_made_where_one_has_a_group_size_that_does_not_fit(tmp_path, orders):
+    dense = tiny_llama(tmp_path / "dense", layers=1, intermediate=96)
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    data = rows(tmp_path / "rows.jsonl", 50)
+    with pytest.raises(UnsupportedFormat, match=r"awq-4bit: group_size 64 .* 96 inputs of .*down_proj.*16, 32"):
+        next(quantize.run(job(dense, workspace, NF4, {"format": "awq", "group_size": 64}, data=data)))
+    assert not orders
+    assert not list(workspace.iterdir())
+
+
+def test_a_missing_library_is_named_with_the_command_that_installs_it(dense, tmp_path, orders, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gptqmodel" else found(name))
+    with pytest.raises(MissingLibrary, match=r"gptqmodel.*pip install 'requant\[gptqmodel\]'"):
+        next(quantize.run(job(dense, tmp_path, NF4, {"format": "gptq"}, data=rows(tmp_path / "rows.jsonl", 50))))
+    assert not orders
+
+
+def test_a_quantized_parent_is_refused(dense, tmp_path):
+    (output,) = quantize.run(job(dense, tmp_path, NF4))
+    with pytest.raises(UnsupportedFormat, match=r"quantized already \(bitsandbytes\)"):
+        next(quantize.run(job(output.folder, tmp_path / "again", INT8)))
+
+
+def test_gptq_gets_the_calibration_rows_as_token_ids_and_bitsandbytes_none(dense, tmp_path, orders):
+    data = rows(tmp_path / "rows.jsonl", 50)
+    for target in (NF4, {"format": "gptq", "group_size": 32}):
+        with pytest.raises(RuntimeError):
+            next(quantize.run(job(dense, tmp_path, target, data=data)))
+    none, some = orders
+    assert none.calibration == ()
+    assert [len(sample) for sample in some.calibration] == [16] * 4
+    assert all(isinstance(token, int) and 0 <= token < 256 for sample in some.calibration for token in sample)
+
+
+def test_too_little_calibration_text_is_refused_before_a_process_starts(dense, tmp_path, orders):
+    data = rows(tmp_path / "rows.jsonl", 1)
+    with pytest.raises(DataError, match=r"calibration.*fewer than one sample"):
+        next(quantize.run(job(dense, tmp_path, {"format": "awq"}, data=data, sequence_length=64)))
+    assert not orders

@@ -1,0 +1,175 @@
+"""Rows become ids and labels: packed, masked, never cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.encoding import IGNORED, calibration_samples, encode, encode_row, load_tokenizer
+from pipeline.errors import CheckpointError, DataError
+from pipeline.rows import Completion, Conversation, Message, Text
+from tests.checkpoints import CHAT_TEMPLATE, tiny_tokenizer
+
+EOS = 2
+# The same template without the tag: what the assistant says is then found by comparing prefixes.
+UNMARKED = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(params=[CHAT_TEMPLATE, UNMARKED], ids=["marked", "unmarked"])
+def chatting(request, tokenizer):
+    tokenizer.chat_template = request.param
+    return tokenizer
+
+
+def text(content):
+    return Text(place="a.jsonl line 1", text=content)
+
+
+def chat(*turns):
+    return Conversation(
+        place="a.jsonl line 7", messages=tuple(Message(role=role, content=content) for role, content in turns)
+    )
+
+
+def learned(tokenizer, sequence):
+    """What the labels say, as text."""
+    return tokenizer.decode([label for label in sequence.labels if label != IGNORED])
+
+
+def test_documents_are_joined_with_eos_between_and_cut_into_blocks(tokenizer):
+    a, b = tokenizer("bcdfg")["input_ids"], tokenizer("jklm")["input_ids"]
+    stream = [*a, EOS, *b]
+    blocks = encode([text("bcdfg"), text(""), text("jklm")], tokenizer, sequence_length=4)
+    assert [block.input_ids for block in blocks] == [stream[0:4], stream[4:8], stream[8:10]]
+    assert all(block.labels == block.input_ids for block in blocks)
+
+
+def test_a_last_block_of_one_token_is_dropped_and_a_document_of_one_token_refused(tokenizer):
+    blocks = encode([text("bcdfgjklm")], tokenizer, sequence_length=8)
+    assert [len(block.input_ids) for block in blocks] == [8]
+    with pytest.raises(DataError, match="fewer than two tokens"):
+        encode([text("b")], tokenizer, sequence_length=8)
+    with pytest.raises(DataError, match="no rows"):
+        encode([], tokenizer, sequence_length=8)
+
+
+def test_more_documents_than_the_tokenizer_takes_at_once_keep_their_order(tokenizer):
+    rows = [text(f"{i}.") for i in range(600)]
+    [block] = encode(rows, tokenizer, sequence_length=10_000)
+    assert tokenizer.decode(block.input_ids) == "</s>".join(f"{i}." for i in range(600))
+
+
+def test_only_the_completion_and_its_end_are_learned(tokenizer):
+    row = Completion(place="line 1", prompt="2+2=", completion=" 4")
+    [sequence] = encode([row], tokenizer, sequence_length=64)
+    prompt, answer = tokenizer("2+2=")["input_ids"], tokenizer(" 4")["input_ids"]
+    assert sequence.input_ids == [*prompt, *answer, EOS]
+    assert sequence.labels == [IGNORED] * len(prompt) + [*answer, EOS]
+
+
+def test_only_the_assistants_turns_are_learned(chatting):
+    row = chat(("system", "be brief"), ("user", "2+2?"), ("assistant", "4"), ("user", "3+3?"), ("assistant", "6"))
+    [sequence] = encode([row], chatting, sequence_length=256)
+    whole = chatting.apply_chat_template(
+        [{"role": message.role, "content": message.content} for message in row.messages], tokenize=False
+    )
+    assert chatting.decode(sequence.input_ids) == whole
+    assert learned(chatting, sequence).replace("\n", "") == "4</s>6</s>"
+    assert sequence.judged == len([label for label in sequence.labels if label != IGNORED])
+
+
+def test_a_token_that_straddles_the_border_is_learned(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    [sequence] = encode([chat(("user", "q"), ("assistant", "the"))], tokenizer, sequence_length=256)
+    # " the" is one token of this tokenizer, and the space belongs to the prompt.
+    assert learned(tokenizer, sequence) == " the</s>"
+
+
+def test_a_template_that_is_not_prefix_stable_is_refused(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} {% if loop.last %}last {% endif %}{{ m['content'] }}\n{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"line 7: the chat template renders message 2 differently"):
+        encode([chat(("user", "a"), ("assistant", "b"), ("user", "c"))], tokenizer, sequence_length=256)
+
+
+def test_a_conversation_that_the_template_refuses_or_cannot_have_is_named(tokenizer):
+    row = chat(("user", "a"), ("assistant", "b"))
+    with pytest.raises(DataError, match=r"line 7: messages need a chat template, which the tokenizer lacks"):
+        encode([row], tokenizer, sequence_length=256)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match=r"line 7: the chat template refuses it \(roles must alternate\)"):
+        encode([row], tokenizer, sequence_length=256)
+
+
+def test_a_row_longer_than_the_limit_is_refused_and_never_cut(chatting):
+    row = chat(("user", "why?"), ("assistant", "b" * 100))
+    tokens = len(encode_row(row, chatting).input_ids)
+    assert len(encode([row], chatting, sequence_length=tokens)[0].input_ids) == tokens
+    with pytest.raises(DataError, match=rf"line 7: has {tokens} tokens, the limit is {tokens - 1}; raise sequence_le"):
+        encode([row], chatting, sequence_length=tokens - 1)
+    pair = Completion(place="b.csv line 3", prompt="b" * 20, completion="c")
+    with pytest.raises(DataError, match=r"b.csv line 3: has 22 tokens, the limit is 8"):
+        encode([pair], chatting, sequence_length=8)
+
+
+def test_a_row_without_anything_to_learn_is_refused(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}{% generation %}{% endgeneration %}{% endfor %}"
+    with pytest.raises(DataError, match="no token of it is learned from"):
+        encode([chat(("user", "a"), ("assistant", "b"))], tokenizer, sequence_length=64)
+
+
+def test_a_beginning_token_of_the_tokenizers_own_is_kept_and_its_end_not_doubled(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    [block] = encode([text("bc"), text("df")], tokenizer, sequence_length=64)
+    assert tokenizer.decode(block.input_ids) == "<s>bc</s><s>df"
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_where_one_is_needed(tokenizer):
+    tokenizer.eos_token = None
+    assert len(encode([text("bcd")], tokenizer, sequence_length=8)) == 1
+    with pytest.raises(CheckpointError, match="names no eos_token"):
+        encode([text("bcd"), text("jkl")], tokenizer, sequence_length=8)
+
+
+def test_calibration_samples_are_full_blocks_chosen_by_the_seed(tokenizer):
+    rows = [text(chr(98 + i % 20) * 40) for i in range(50)]
+    samples = calibration_samples(rows, tokenizer, samples=8, length=16, seed=3)
+    assert samples.shape == (8, 16)
+    assert samples.dtype == torch.int64
+    assert not (samples == tokenizer.pad_token_id).any()
+    assert torch.equal(samples, calibration_samples(iter(rows), tokenizer, samples=8, length=16, seed=3))
+    assert not torch.equal(samples, calibration_samples(rows, tokenizer, samples=8, length=16, seed=4))
+
+
+def test_calibration_takes_what_there_is_and_refuses_less_than_one_sample(tokenizer):
+    rows = [text("bcdfgjklmn" * 4)]
+    assert calibration_samples(rows, tokenizer, samples=8, length=16, seed=0).shape == (2, 16)
+    with pytest.raises(DataError, match="have 40 tokens, fewer than one sample of 41"):
+        calibration_samples(rows, tokenizer, samples=8, length=41, seed=0)
+
+
+def test_calibration_reads_conversations_and_completions_too(chatting):
+    rows = [chat(("user", "why?"), ("assistant", "because"))] * 4
+    assert calibration_samples(rows, chatting, samples=2, length=16, seed=0).shape == (2, 16)
+    pairs = [Completion(place="", prompt="2+2=", completion="4")] * 4
+    assert calibration_samples(pairs, chatting, samples=2, length=8, seed=0).shape == (2, 8)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_in_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="its tokenizer does not load") as caught:
+        load_tokenizer(tmp_path, trust_remote_code=False)
+    assert "\n" not in str(caught.value)

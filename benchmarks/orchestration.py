@@ -1,7 +1,8 @@
 """What orchestration costs: one recipe through `requant run`, and the same steps called from a plain script.
 
-Both start from an empty store. The difference is Prefect: its import, its temporary server, its requests. Shown are seconds
-of the whole process, and what the difference would be of a ten-minute run. It does not cover a server that runs already.
+Both start from an empty store. The difference is Prefect: its import, its temporary server, its requests. Shown are
+seconds of the whole process, and what the difference would be of a ten-minute run. A server that runs already is not
+covered.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def main() -> None:
             "plain script": [sys.executable, "-c", SCRIPT, str(recipe)],
             "requant run": [sys.executable, "-m", "flows", "run", str(recipe)],
         }
-        _timed([*commands["requant run"], "--set", f"store={folder}/warm"], root)  # the first run makes Prefect's database
+        _timed(
+            [*commands["requant run"], "--set", f"store={folder}/warm"], root
+        )  # the first run makes Prefect's database
         seconds = {
             name: _timed([*command, *(["--set"] if name == "requant run" else []), f"store={folder}/{i}"], root)
             for i, (name, command) in enumerate(commands.items())

@@ -1,4 +1,4 @@
-"""Upcast beside its rivals: does reading a quantized checkpoint cost more than copying it?
+"""Upcast beside its rivals, to see whether reading a quantized checkpoint costs more than copying it.
 
 A synthetic Llama is quantized to NF4 by bitsandbytes. Then, each in a process of its own: copying the same source and
 output bytes with a sync, `requant upcast`'s stage, and transformers' load, dequantize and save. Shown are seconds from
@@ -47,7 +47,7 @@ def main() -> None:
 def _show(results: dict[str, dict[str, float]], made: dict[str, float]) -> None:
     source, dense = made["source_bytes"] / 1e6, made["dense_bytes"] / 1e6
     table = Table(title=f"NF4 → bf16, {made['parameters'] / 1e6:.0f} M parameters, {source:.0f} MB → {dense:.0f} MB")
-    for heading in ("", "seconds", "× copy", "peak memory beyond imports", "largest error"):
+    for heading in ("", "seconds", "of a copy", "peak memory beyond imports", "largest error"):
         table.add_column(heading, justify="right" if heading else "left")
     for role, result in results.items():
         error = "" if role == "copy" else f"{result['error']:.2e}"
@@ -163,7 +163,7 @@ def _truth(source: Path, *, shapes_only: bool = False) -> list[tuple[str, torch.
             tensor = file.get_tensor(name)
             parts = {other: file.get_tensor(other) for other in names if other.startswith(f"{name}.")}
             if parts:
-                state = QuantState.from_dict({key: value for key, value in parts.items()}, device=torch.device("cpu"))
+                state = QuantState.from_dict(dict(parts), device=torch.device("cpu"))
                 tensor = torch.empty(state.shape, device="meta") if shapes_only else dequantize_4bit(tensor, state)
             found.append((name, tensor))
     return found
@@ -174,7 +174,7 @@ def _error(source: Path, out: Path) -> float:
     written: dict[str, torch.Tensor] = {}
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
-            written |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            written |= {name: file.get_tensor(name) for name in list(file.keys())}
     if "model.layers.0.mlp.up_proj.weight.absmax" in written:  # the copy
         return 0.0
     return max(float((written[name].float() - weight.float()).abs().max()) for name, weight in _truth(source))

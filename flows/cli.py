@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
 
 from cyclopts import App
 from cyclopts.exceptions import CycloptsError
@@ -24,12 +25,14 @@ app = App(
     exit_on_error=False,
     result_action="return_value",
 )
-for command in (recipes.run, recipes.plan, recipes.train, recipes.init, recipes.schema):
-    app.command(command, group="A recipe")
-for command in (models.inspect, models.try_, models.upcast, models.quantize, models.evaluate):
-    app.command(command, group="A model", name=command.__name__.rstrip("_"))
-for command in (machine.doctor, machine.formats):
-    app.command(command, group="This machine")
+GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
+    "A recipe": (recipes.run, recipes.plan, recipes.train, recipes.init, recipes.schema),
+    "A model": (models.inspect, models.try_, models.upcast, models.quantize, models.evaluate),
+    "This machine": (machine.doctor, machine.formats),
+}
+for group, commands in GROUPS.items():
+    for command in commands:
+        app.command(command, group=group, name=command.__name__.rstrip("_"))
 app.command(artifacts.app)
 
 

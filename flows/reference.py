@@ -14,10 +14,14 @@ from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Section
 HEADING = """\
 # The recipe
 
-Written from the models that parse it: `requant schema --reference` prints this page, `requant schema` the JSON Schema for editors.
+Written from the models that parse it: `requant schema --reference` prints this page, `requant schema` the JSON Schema
+for editors.
 Unknown keys are errors that name the nearest valid one. Paths are relative to where `requant` runs.
 `--set key.path=value` overrides any line; an item of a list is named by its index, as in `quantize.0.bits`.
 """
+
+
+PLAIN = {str: "text", int: "integer", float: "number", bool: "true or false"}
 
 
 def reference() -> str:
@@ -62,9 +66,7 @@ def _type(annotation: Any) -> str:
     if origin is dict:
         return "mapping"
     if isinstance(annotation, type):
-        return "section" if issubclass(annotation, Section) else {"str": "text", "int": "integer", "float": "number"}.get(
-            annotation.__name__, annotation.__name__
-        )  # fmt: skip
+        return "section" if issubclass(annotation, Section) else PLAIN[annotation]
     return _type(arguments[0]) if arguments else str(annotation)
 
 

@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from prefect import get_run_logger, task
@@ -62,8 +62,9 @@ evaluate = _step_task("evaluate")
 
 
 @task(name="promote", task_run_name="promote", cache_policy=NO_CACHE, persist_result=False)
-def promote(plan: Plan, *inputs: References) -> dict[str, Any]:
+def promote(plan: Plan, report: References) -> dict[str, Any]:
     """Show the result table and move the alias of each passing variant; raises GateRefused where one was refused."""
+    get_run_logger().info("judging %s", report.get("evaluation", "nothing: the recipe has no evaluate section"))
     rows = outcome.rows(plan)
     table = result_rows(plan, rows)
     create_table_artifact(table=table, key=_key(plan.recipe, "result"), description=f"The models of {plan.recipe.name}")
@@ -101,7 +102,8 @@ class PrefectSink:
             return
         if bar is None:
             key = _key(self._recipe, event.stage)
-            bar = create_progress_artifact(progress=percent, key=key, description=f"{event.stage} in {event.unit}")
+            made = create_progress_artifact(progress=percent, key=key, description=f"{event.stage} in {event.unit}")
+            bar = cast("UUID", made)  # a coroutine only inside an event loop, where no stage runs
         else:
             update_progress_artifact(artifact_id=bar, progress=percent)
         self._bars[event.stage] = (bar, time.monotonic())

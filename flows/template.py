@@ -20,13 +20,14 @@ train:
   data: {{path: {data}}}          # JSONL, CSV, Parquet or text; rows of text, messages, or prompt and completion
   sequence_length: {length}
   lora: {{r: 16, lora_alpha: 32, target_modules: all-linear}}     # PEFT's LoraConfig names
-  arguments: {{learning_rate: 2.0e-4, num_train_epochs: 1, per_device_train_batch_size: 8}}   # TrainingArguments names
+  # transformers' TrainingArguments names:
+  arguments: {{learning_rate: 2.0e-4, num_train_epochs: 1, per_device_train_batch_size: 8}}
 quantize:                       # each becomes a variant with a version of its own
   - {{format: bitsandbytes, type: nf4}}
 {groups}calibration: {{data: train, samples: 128, sequence_length: {length}}}
 evaluate:
   data: {evaluation}
-  gates: {{perplexity_increase: 0.03, kl_divergence: 0.05}}       # of each variant against the model it was quantized from
+  gates: {{perplexity_increase: 0.03, kl_divergence: 0.05}}       # of each variant against its dense parent
 promote: {{alias: production}}    # what a variant that keeps its bounds gets
 store: artifacts
 """
@@ -44,7 +45,7 @@ def recipe_text(model: str, checkpoint: Checkpoint, *, data: str, evaluation: st
     ]
     longest = int(checkpoint.config.get("max_position_embeddings") or 512)
     text = TEMPLATE.format(
-        title=f"{model}: {row.title}, {sizes.parameters / 1e6:.1f} M parameters, {checkpoint.model_type or 'unknown'} architecture.",
+        title=f"{model}: {checkpoint.model_type or 'unknown'}, {row.title}, {sizes.parameters / 1e6:.1f} M parameters.",
         name=name,
         source=model,
         data=data,

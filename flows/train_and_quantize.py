@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from prefect import flow
 from prefect.utilities.annotations import opaque
 
 from flows import tasks
+from pipeline.plan import Plan
 from pipeline.recipe import Recipe
 
 
@@ -15,7 +16,7 @@ from pipeline.recipe import Recipe
 def train_and_quantize(recipe: Recipe) -> dict[str, Any]:
     """Run every step of the recipe that is not in the store yet; return the result table as plain values."""
     # The plan is handed on as it is: Prefect would otherwise look through every tensor's name in it.
-    plan = opaque(tasks.lay_out(recipe))
+    plan = cast("Plan", opaque(tasks.lay_out(recipe)))
     dense = tasks.upcast(plan)
     adapter = tasks.train(plan, dense)
     tuned = tasks.merge(plan, dense, adapter)

@@ -6,8 +6,8 @@
     <store>/.store/manifests/…               every manifest, likewise
     <store>/.store/work/<fingerprint>/       what a stage writes before it is committed
 
-A commit hashes and syncs the files where the stage wrote them, links them into the blobs, adds the manifest, and renames
-the folder to its version: that rename is the commit. Hard links and the rename need one local file system.
+A commit hashes and syncs the files where the stage wrote them, links them into the blobs, adds the manifest, and
+renames the folder to its version: that rename is the commit. Hard links and the rename need one local file system.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from pipeline.digests import digest_value
 from pipeline.errors import NotInStore, RecipeError
-from pipeline.manifest import MANIFEST, Content, Manifest, Origin, hardware, now, read_content, software
+from pipeline.manifest import MANIFEST, Content, Manifest, Origin, read_content
 
 VERSION = re.compile(r"v(\d{4,})")
 REFERENCE = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]*)/(?P<variant>[a-z0-9][a-z0-9._-]*)(@(?P<which>[A-Za-z0-9_-]+))?")
@@ -145,12 +145,9 @@ class Store:
         remove. `parents` maps a role to {reference, fingerprint, digest}.
         """
         content = read_content(folder)
-        manifest = Manifest(
-            name=name, variant=variant, stage=origin.stage, stage_version=origin.stage_version, fingerprint=origin.fingerprint,
-            digest=content.digest, options=origin.options, parents=parents, data=origin.data, metrics=metrics, notes=notes,
-            files=content.files, tensors=content.tensors, packed=content.packed, software=software(), hardware=hardware(),
-            created=now(),
-        )  # fmt: skip
+        manifest = Manifest.describe(
+            content, name=name, variant=variant, origin=origin, parents=parents, metrics=metrics, notes=notes
+        )
         for path in (folder / file for file in content.files):
             _sync(path)
         with self.locked():

@@ -68,7 +68,8 @@ FORMATS: dict[str, Format] = {
         Format(
             name="bnb-4bit", title="bitsandbytes NF4, FP4", method="bitsandbytes", module="pipeline.formats.bnb_4bit",
             marker="weight.absmax", components=("weight", "weight.*"), bits=(4,),
-            dequantize="NF4, FP4, with and without double quantization", train="after upcast", quantize="transformers + bitsandbytes",
+            dequantize="NF4, FP4, with and without double quantization", train="after upcast",
+            quantize="transformers + bitsandbytes",
             reload="transformers + bitsandbytes", libraries=("bitsandbytes",),
         ),
         Format(
@@ -80,7 +81,8 @@ FORMATS: dict[str, Format] = {
         Format(
             name="gptq", title="GPTQ", method="gptq", module="pipeline.formats.gptq",
             marker="qweight", components=("qweight", "qzeros", "scales", "g_idx"), bits=(2, 3, 4, 8),
-            dequantize="v1 and v2, any group size, desc_act, symmetric or not", train="after upcast", quantize="gptqmodel",
+            dequantize="v1 and v2, any group size, desc_act, symmetric or not", train="after upcast",
+            quantize="gptqmodel",
             reload="transformers + optimum + gptqmodel", libraries=("gptqmodel", "optimum"),
         ),
         Format(

@@ -40,7 +40,9 @@ class Quantization:
     @staticmethod
     def parse(raw: Mapping[str, Any]) -> Quantization:
         """Read a `quantization_config`; raise CheckpointError if it does not say its method and bits."""
-        method = str(raw.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in raw else ""))
+        method = str(
+            raw.get("quant_method") or ("bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & raw.keys() else "")
+        )
         try:
             if method == "bitsandbytes":
                 four = bool(raw.get("load_in_4bit") or raw.get("_load_in_4bit"))

@@ -47,6 +47,20 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """The digests of everything in a folder."""
+
+    files: Mapping[str, Mapping[str, Any]]
+    tensors: Mapping[str, str]
+    packed: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """The digest of the content files alone."""
+        return content_digest({name: str(file["sha256"]) for name, file in self.files.items()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """The content of artifact.json.
 
@@ -73,6 +87,38 @@ class Manifest:
     created: str
     schema: int = SCHEMA
 
+    @staticmethod
+    def describe(
+        content: Content,
+        *,
+        name: str,
+        variant: str,
+        origin: Origin,
+        parents: Mapping[str, Mapping[str, str]],
+        metrics: Mapping[str, float],
+        notes: Mapping[str, Any],
+    ) -> Manifest:
+        """The manifest of content that was made here and now."""
+        return Manifest(
+            name=name,
+            variant=variant,
+            stage=origin.stage,
+            stage_version=origin.stage_version,
+            fingerprint=origin.fingerprint,
+            digest=content.digest,
+            options=origin.options,
+            parents=parents,
+            data=origin.data,
+            metrics=metrics,
+            notes=notes,
+            files=content.files,
+            tensors=content.tensors,
+            packed=content.packed,
+            software=software(),
+            hardware=hardware(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
     def dumps(self) -> str:
         """The manifest as JSON text."""
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -97,20 +143,6 @@ class Manifest:
     def nbytes(self) -> int:
         """Bytes of the content files."""
         return sum(int(file["bytes"]) for file in self.files.values())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Content:
-    """The digests of everything in a folder."""
-
-    files: Mapping[str, Mapping[str, Any]]
-    tensors: Mapping[str, str]
-    packed: Mapping[str, str]
-
-    @property
-    def digest(self) -> str:
-        """The digest of the content files alone."""
-        return content_digest({name: str(file["sha256"]) for name, file in self.files.items()})
 
 
 def read_content(folder: Path) -> Content:
@@ -153,8 +185,3 @@ def software() -> dict[str, str]:
 def hardware() -> dict[str, Any]:
     """The machine: its architecture, system and core count."""
     return {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()}
-
-
-def now() -> str:
-    """The time in UTC, to the second, as ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

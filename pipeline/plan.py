@@ -1,7 +1,7 @@
 """The graph of steps: what will run, what is reused and why, and what it will need.
 
-A fingerprint is known before anything runs, so a step whose outputs are in the store is reused, and a step whose outputs
-nobody needs any more is not repeated.
+A fingerprint is known before anything runs, so a step whose outputs are in the store is reused, and a step whose
+outputs nobody needs any more is not repeated.
 """
 
 from __future__ import annotations
@@ -11,21 +11,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.argument_names import check_arguments
-from pipeline.artifacts import REFERENCE, VERSION, Artifact, Store
-from pipeline.catalog import Format, format_of, format_to, require_libraries
-from pipeline.checkpoint import Checkpoint, open_source
+from pipeline.artifacts import Artifact, Store
+from pipeline.catalog import Format, format_of
+from pipeline.checkpoint import Checkpoint
 from pipeline.digests import DigestCache
-from pipeline.errors import DataError
 from pipeline.manifest import Origin
+from pipeline.preflight import check, open_model
 from pipeline.recipe import Data, Recipe
-from pipeline.rows import check_rows, lacks_chat_template
-from pipeline.sizes import Sizes, check_groups, dense_sizes
+from pipeline.sizes import Sizes, dense_sizes
 from pipeline.targets import Target
 
 # Raised when the same options give other bytes.
 STAGE_VERSIONS = {"upcast": 1, "train": 1, "merge": 1, "quantize": 1, "evaluate": 1}
-ROWS_CHECKED = 1000  # the plan looks at the first rows; the stage at all of them
 RUNTIME_BYTES = 600 * 10**6  # a process with torch and transformers imported
 
 
@@ -100,10 +97,10 @@ def make_plan(recipe: Recipe, *, until: str = "evaluate") -> Plan:
     `until` is the last stage to plan. Raises an InputError for the first thing that cannot work.
     """
     store = Store.open(recipe.store)
-    source = _open(recipe.source, store)
+    source = open_model(recipe.source, store)
     row = format_of(source.quantization)
     sizes = dense_sizes(source, row)
-    _check(recipe, source, sizes)
+    check(recipe, source, sizes)
     cache = DigestCache()
     digest = cache.files(source.path, source.files)
     steps = list(_Builder(recipe, store, sizes, digest, cache).steps(until))
@@ -111,30 +108,6 @@ def make_plan(recipe: Recipe, *, until: str = "evaluate") -> Plan:
     return Plan(
         recipe=recipe, source=source, source_digest=digest, format=row, sizes=sizes, store=store, steps=_demanded(steps)
     )
-
-
-def _open(source: str, store: Store) -> Checkpoint:
-    match = None if Path(source).is_dir() else REFERENCE.fullmatch(source)
-    if match and (store.versions(match["name"], match["variant"]) or VERSION.fullmatch(match["which"] or "")):
-        return Checkpoint.open(store.resolve(source).path)
-    return open_source(source)
-
-
-def _check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> None:
-    """Everything that can be known to fail, before any of it is paid for."""
-    for target in recipe.quantize:
-        require_libraries(format_to(target))
-        check_groups(sizes, target)
-    if recipe.train.method != "none":
-        check_arguments(recipe.train.arguments, recipe.train.lora)
-    files = {"train.data": recipe.train.data if recipe.train.method != "none" else None}
-    files["calibration.data"] = recipe.calibration_data if recipe.calibrated else None
-    files["evaluate.data"] = recipe.evaluate.data if recipe.evaluate else None
-    for key, data in files.items():
-        if data and check_rows(data, limit=ROWS_CHECKED) == "messages" and lacks_chat_template(source.path):
-            raise DataError(
-                f"{key}: {data.path} holds messages, but the tokenizer of {source.path} has no chat template"
-            )
 
 
 class _Builder:
@@ -260,7 +233,8 @@ class _Builder:
             return "never made"
         last = self._store.resolve(f"{self._recipe.name}/{variant}").manifest
         if last.stage_version != origin.stage_version or last.stage != origin.stage:
-            return f"{origin.stage} is at version {origin.stage_version}, {versions[-1].name} was made by {last.stage_version}"
+            made_by = f"{last.stage} {last.stage_version}"
+            return f"{origin.stage} is at version {origin.stage_version}, {versions[-1].name} was made by {made_by}"
         changed = list(_differences(last.options, origin.options, ""))
         changed += [f"{role} data changed" for role, digest in origin.data.items() if last.data.get(role) != digest]
         changed += [

@@ -45,7 +45,7 @@ class Data(Section):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Say that a bare path will do: editors and Prefect's form check against this schema, not against the parser."""
+        """Say that a bare path will do: editors and Prefect check against this schema, not against the parser."""
         return {"anyOf": [handler(core), {"type": "string"}]}
 
 

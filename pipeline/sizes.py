@@ -78,7 +78,8 @@ def check_groups(sizes: Sizes, target: Target) -> None:
             fitting = [size for size in (16, 32, 64, 128) if all(c % size == 0 for _, c in sizes.linears.values())]
             remedy = f"group sizes that fit: {', '.join(map(str, fitting))}" if fitting else "quantize to bitsandbytes"
             raise UnsupportedFormat(
-                f"{target.variant}: group_size {target.group_size} does not divide the {columns} inputs of {module}; {remedy}"
+                f"{target.variant}: group_size {target.group_size} does not divide the {columns} inputs of {module}; "
+                f"{remedy}"
             )
 
 

@@ -93,8 +93,11 @@ Target = Annotated[BitsAndBytesTarget | GPTQTarget | AWQTarget, Field(discrimina
 
 
 _ADAPTER: TypeAdapter[Target] = TypeAdapter(Target)
-SHORT = {"nf4": {"format": "bitsandbytes", "type": "nf4"}, "fp4": {"format": "bitsandbytes", "type": "fp4"},
-         "int8": {"format": "bitsandbytes", "bits": 8}}  # fmt: skip
+SHORT: dict[str, dict[str, Any]] = {
+    "nf4": {"format": "bitsandbytes", "type": "nf4"},
+    "fp4": {"format": "bitsandbytes", "type": "fp4"},
+    "int8": {"format": "bitsandbytes", "bits": 8},
+}
 
 
 def parse_target(text: str) -> Target:

@@ -172,6 +172,7 @@ def test_a_pickle_is_never_opened(tmp_path):
             ("awq", 4, 128, True, ("gate",)),
         ),
         ({"load_in_4bit": True, "load_in_8bit": False}, ("bitsandbytes", 4, 64, True, ())),
+        ({"load_in_8bit": True}, ("bitsandbytes", 8, -1, True, ())),
         (
             {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": ["lm_head"]},
             ("bitsandbytes", 8, -1, True, ("lm_head",)),

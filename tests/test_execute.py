@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import namedtuple
+import types
 
 import pytest
 
@@ -110,8 +110,7 @@ def test_events_of_the_child_reach_the_parent(root, tmp_path):
 
 def test_a_full_disk_is_said_before_the_stage_starts(root, tmp_path, monkeypatch):
     plan = planned(root, f"store={tmp_path / 's'}")
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(total=10**9, used=10**9, free=1000))
     with pytest.raises(NoSpace, match="upcast: needs"):
         run_step(plan, plan.steps[0])
     assert not (tmp_path / "s").exists()

@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline import plan as plan_module
-from pipeline.errors import CheckpointError, DataError, MissingLibrary, NotInStore, RecipeError, RequantError, UnsupportedFormat
+from pipeline.errors import (
+    CheckpointError,
+    DataError,
+    MissingLibrary,
+    NotInStore,
+    RecipeError,
+    RequantError,
+    UnsupportedFormat,
+)
 from pipeline.plan import Plan, Step, make_plan
 from pipeline.recipe import parse_recipe
 from tests.checkpoints import tiny_llama
@@ -70,7 +78,9 @@ def commit_all(plan: Plan, *, without: set[str] = frozenset()) -> None:
             with plan.store.workspace(output.origin.fingerprint) as workspace:
                 (workspace / "out").mkdir()
                 (workspace / "out" / "report.json").write_text('{"scores": []}')
-                told = {role: {"reference": "", "fingerprint": f, "digest": ""} for role, f in output.origin.parents.items()}
+                told = {
+                    role: {"reference": "", "fingerprint": f, "digest": ""} for role, f in output.origin.parents.items()
+                }
                 plan.store.commit(
                     workspace / "out", name="bot", variant=output.variant, origin=output.origin, parents=told,
                     metrics={"seconds": 2.0}, notes={},
@@ -133,9 +143,9 @@ def test_nothing_runs_once_everything_is_in_the_store(root, tmp_path):
 def test_a_changed_line_runs_what_depends_on_it_and_says_why(root, tmp_path):
     commit_all(planned(root, f"store={tmp_path / 's'}"))
     plan = planned(root, f"store={tmp_path / 's'}", "quantize.1.group_size=32")
-    assert statuses(plan) == {
-        "dense": "reused", "adapter": "reused", "tuned": "reused", "nf4": "reused", "gptq-4bit": "run", "evaluation": "run",
-    }  # fmt: skip
+    found = statuses(plan)
+    assert {variant for variant in found if found[variant] == "run"} == {"gptq-4bit", "evaluation"}
+    assert {found[variant] for variant in ("dense", "adapter", "tuned", "nf4")} == {"reused"}
     reasons = {output.variant: output.reason for step in plan.steps for output in step.outputs}
     assert reasons["gptq-4bit"] == "target.group_size: 64 → 32"
     assert reasons["evaluation"] == "gptq-4bit changed"
@@ -162,9 +172,8 @@ def test_a_lost_ingredient_is_not_made_again_for_results_that_are_there(root, tm
 def test_a_lost_ingredient_is_made_again_for_what_needs_it(root, tmp_path):
     commit_all(planned(root, f"store={tmp_path / 's'}"), without={"dense", "tuned", "nf4"})
     found = statuses(planned(root, f"store={tmp_path / 's'}"))
-    assert found == {
-        "nf4": "run", "tuned": "run", "dense": "run", "adapter": "reused", "gptq-4bit": "reused", "evaluation": "reused",
-    }  # fmt: skip
+    assert {variant for variant in found if found[variant] == "run"} == {"dense", "tuned", "nf4"}
+    assert {found[variant] for variant in ("adapter", "gptq-4bit", "evaluation")} == {"reused"}
 
 
 def test_paths_and_the_machine_are_no_part_of_the_identity(root, tmp_path):

@@ -101,16 +101,15 @@ def _libraries() -> list[dict[str, str]]:
 
 
 def _server() -> dict[str, str]:
-    import urllib.error
-    import urllib.request
+    import httpx
 
     address = os.environ.get("PREFECT_API_URL")
     if not address:
         return _finding("Prefect server", "none named: each run starts a temporary one", ok=True)
     try:
-        with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=5):
-            return _finding("Prefect server", address, ok=True)
-    except (urllib.error.URLError, ValueError, OSError) as error:
+        httpx.get(f"{address.rstrip('/')}/health", timeout=5).raise_for_status()
+        return _finding("Prefect server", address, ok=True)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         return _finding("Prefect server", f"{address}: {error}", ok=False, remedy="start it, or unset PREFECT_API_URL")
 
 

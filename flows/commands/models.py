@@ -8,24 +8,16 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from flows.terminal import OUT, print_json, print_table, showing_progress, size
-from pipeline.artifacts import REFERENCE, Store
+from pipeline.artifacts import Store
 from pipeline.catalog import FORMATS, format_of, format_to, require_libraries
-from pipeline.checkpoint import Checkpoint, open_source
 from pipeline.errors import InputError, UnsupportedFormat
+from pipeline.preflight import open_model
 from pipeline.recipe import Data, Dtype, Recipe
 from pipeline.rows import check_rows
 from pipeline.sizes import check_groups, dense_sizes
 from pipeline.targets import Target, parse_target
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
-
-
-def open_model(model: str, store: str) -> Checkpoint:
-    """The checkpoint behind a folder, a store reference, or a hub id."""
-    match = None if Path(model).is_dir() else REFERENCE.fullmatch(model)
-    if match and Store.open(store).versions(match["name"], match["variant"]):
-        return Checkpoint.open(Store.open(store).resolve(model).path)
-    return open_source(model)
 
 
 def inspect(model: str, *, store: str = "artifacts", json: Json = False) -> None:
@@ -41,7 +33,7 @@ def inspect(model: str, *, store: str = "artifacts", json: Json = False) -> None
         Print one JSON document.
 
     """
-    checkpoint = open_model(model, store)
+    checkpoint = open_model(model, Store.open(store))
     quantization = checkpoint.quantization
     facts: dict[str, Any] = {"path": str(checkpoint.path), "architecture": checkpoint.model_type}
     try:
@@ -90,7 +82,7 @@ def try_(
     from pipeline import child
     from pipeline.evaluation.tasks import ENVIRONMENT, Prompt
 
-    checkpoint = open_model(model, store)
+    checkpoint = open_model(model, Store.open(store))
     require_libraries(format_of(checkpoint.quantization))
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {max_new_tokens}: ask for at least 1")
@@ -122,7 +114,7 @@ def upcast(
     """
     from pipeline.by_hand import run_by_hand
 
-    source = open_model(src, store)
+    source = open_model(src, Store.open(store))
     format_of(source.quantization)
     with showing_progress():
         written = run_by_hand(
@@ -167,7 +159,7 @@ def quantize(
     """
     from pipeline.by_hand import run_by_hand
 
-    source = open_model(src, store)
+    source = open_model(src, Store.open(store))
     if source.quantization is not None:
         raise InputError(f"{src}: is quantized already ({source.quantization.method}); run requant upcast on it first")
     targets = [parse_target(text) for text in to]
@@ -219,8 +211,8 @@ def evaluate(
     from pipeline import child
     from pipeline.evaluation.tasks import ENVIRONMENT, Comparison
 
-    opened = {model: open_model(model, store) for model in models}
-    beside = open_model(reference, store) if reference else None
+    opened = {model: open_model(model, Store.open(store)) for model in models}
+    beside = open_model(reference, Store.open(store)) if reference else None
     rows_of = Data(path=str(data))
     check_rows(rows_of, limit=None)
     scores = []

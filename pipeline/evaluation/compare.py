@@ -19,7 +19,7 @@ LOGIT_BYTES = 2**26  # float32 logits of one batch
 
 
 def compare(task: Comparison) -> Scores:
-    """Load both models from their folders and count every token; raises NonFinite where the model's loss is not finite."""
+    """Load both models from their folders and count every token; raise NonFinite where the reference is broken."""
     tokenizer = load_tokenizer(task.path, trust_remote_code=task.trust_remote_code)
     sequences = encode(read_rows(task.data), tokenizer, sequence_length=task.sequence_length)
     model = load_model(task.path, trust_remote_code=task.trust_remote_code)

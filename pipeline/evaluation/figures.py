@@ -28,7 +28,7 @@ class Totals:
 
 
 def add(totals: Totals, logits: Tensor, labels: Tensor, reference: Tensor | None) -> None:
-    """Count a batch: logits [B, T, V] of the model, labels [B, T] int64 (-100: not counted), the reference's logits or None.
+    """Count a batch: logits [B, T, V] of the model, labels [B, T] int64 (-100: not counted), the reference's logits.
 
     Position t predicts label t + 1. The divergence is KL(reference || model), in nats.
     """

@@ -24,7 +24,7 @@ from pipeline.shards import TensorGroup
 BITS = (4,)
 # Where output c of each eight lies: the inverse of the order above, in bits.
 SHIFTS = tuple(4 * nibble for nibble in (0, 4, 1, 5, 2, 6, 3, 7))
-_CHUNK = 1 << 17  # codes unpacked at a time: half a MiB of floats stays in the cache
+_CHUNK = 1 << 19  # codes unpacked at a time: 2 MiB of floats
 
 
 def dense_shape(group: TensorGroup, quantization: Quantization) -> tuple[int, ...]:

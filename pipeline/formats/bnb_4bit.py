@@ -29,7 +29,7 @@ from pipeline.shards import TensorGroup
 
 STATE = "weight.quant_state.bitsandbytes__"
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that bitsandbytes has kernels for
-_CHUNK = 1 << 17  # bytes unpacked at a time: their 1 MiB of floats stays in the cache; a multiple of every block size
+_CHUNK = 1 << 18  # bytes unpacked at a time: 2 MiB of floats; a multiple of every block size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

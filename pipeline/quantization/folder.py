@@ -74,8 +74,8 @@ def write_folder(
     """Write `order.out` from the parent and the library's folder `made`; `quantization` goes into its config.json.
 
     `scaled` says that the library folded scales into dense tensors too (AWQ): those that it changed are taken from it,
-    in the parent's dtype. Raise NonFinite for a NaN or infinity among them or the scales, ReloadMismatch where the library's
-    tensors are not the parent's, some of them packed.
+    in the parent's dtype. Raise NonFinite for a NaN or infinity among them or the scales, ReloadMismatch where the
+    library's tensors are not the parent's, some of them packed.
     """
     row = format_to(order.target)
     packed = row.packed_modules(made.tensors)

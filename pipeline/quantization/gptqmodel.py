@@ -113,9 +113,8 @@ def _dtype(parent: Checkpoint) -> Any:
     """The parent's own 16-bit type, or bfloat16: the packing classes take no float32."""
     import torch
 
-    return (
-        torch.float16 if parent.config.get("dtype", parent.config.get("torch_dtype")) == "float16" else torch.bfloat16
-    )
+    named = parent.config.get("dtype", parent.config.get("torch_dtype"))  # the older name
+    return torch.float16 if named == "float16" else torch.bfloat16
 
 
 def _multiply_in_float32(nn: Any) -> None:

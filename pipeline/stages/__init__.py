@@ -1,7 +1,7 @@
-"""The stages: artifacts in, artifacts out. Each module has NAME, VERSION and run(job).
+"""The stages: artifacts in, artifacts out. Each module has one public entry, run(job).
 
 `run` yields an Output as soon as one is finished; whoever runs the stage commits it at once, so a kill between two
-outputs loses only the second. VERSION is part of every fingerprint: raise it when the same options give other bytes.
+outputs loses only the second.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pipeline.recipe import Data
 class Job:
     """What a stage is given.
 
-    `inputs` maps a role (`source`, `dense`, `base`, `adapter`, …) to a checkpoint folder, `data` a role to a file of rows.
-    `options` are the plain values that change the result. `workspace` is a folder of the stage's own that outlives a kill:
-    a rerun of the same job finds there what the last one left.
+    `inputs` maps a role (`source`, `dense`, `base`, `adapter`, …) to a checkpoint folder, `data` a role to a file of
+    rows. `options` are the plain values that change the result. `workspace` is a folder of the stage's own that
+    outlives a kill: a rerun of the same job finds there what the last one left.
     """
 
     inputs: Mapping[str, Path]
@@ -34,7 +34,8 @@ class Job:
 class Output:
     """A finished folder, ready to be committed as `variant`.
 
-    `metrics` are figures for people, `notes` plain values for later stages (dropped tensors, layouts); neither enters the digest.
+    `metrics` are figures for people, `notes` plain values for later stages (dropped tensors, layouts); neither enters
+    the digest.
     """
 
     variant: str

@@ -16,9 +16,6 @@ from pipeline.stages.train import copy_beside_weights, fresh
 from pipeline.training.lora import merged
 from pipeline.training.model import open_dense
 
-NAME = "merge"
-VERSION = 1
-
 
 def run(job: Job) -> Iterator[Output]:
     """Merge `job.inputs["adapter"]` into `job.inputs["base"]`, dense: one output, called tuned.
@@ -39,6 +36,6 @@ def run(job: Job) -> Iterator[Output]:
                 changed += 1
             else:
                 writer.write(name, reader[name])
-            progress.step(NAME, done=done, total=len(shapes), unit="tensors")
+            progress.step("merge", done=done, total=len(shapes), unit="tensors")
     copy_beside_weights(base, folder)
     yield Output(variant="tuned", folder=folder, metrics={"merged_tensors": changed})

@@ -17,9 +17,6 @@ from pipeline.rows import read_rows
 from pipeline.stages import Job, Output
 from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target
 
-NAME = "quantize"
-VERSION = 1
-
 _TARGETS: TypeAdapter[list[Target]] = TypeAdapter(list[Target])
 
 

@@ -19,9 +19,6 @@ from pipeline.training.arguments import training_arguments
 from pipeline.training.model import load_base, open_dense
 from pipeline.training.trainer import Trained, train
 
-NAME = "train"
-VERSION = 1
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Method:

@@ -27,8 +27,6 @@ from pipeline.shards import DTYPE_NAMES, ShardReader, ShardWriter, TensorGroup
 from pipeline.skeleton import Skeleton, skeleton_of
 from pipeline.stages import Job, Output
 
-NAME = "upcast"
-VERSION = 1
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -137,7 +135,7 @@ def _write(planned: list[_Planned], out: Path, checkpoint: Checkpoint, row: Form
     with ShardWriter(out, {item.name: (DTYPE_NAMES[item.dtype], item.shape) for item in planned}) as writer:
         for done, item in enumerate(planned, start=1):
             writer.write(item.name, _tensor(item, checkpoint, row))
-            progress.step(NAME, done=done, total=len(planned), unit="tensors")
+            progress.step("upcast", done=done, total=len(planned), unit="tensors")
 
 
 def _tensor(item: _Planned, checkpoint: Checkpoint, row: Format) -> torch.Tensor:

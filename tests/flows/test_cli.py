@@ -23,7 +23,9 @@ def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     tiny_llama(folder / "model")
     for name in ("train", "eval"):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name} row {i}"}) + "\n" for i in range(20)))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": f"{name} row {i}"}) + "\n" for i in range(20))
+        )
     (folder / "r.yaml").write_text(
         f"name: bot\nsource: {folder}/model\nquantize: [{{format: bitsandbytes}}]\n"
         f"evaluate: {{data: {folder}/eval.jsonl, sequence_length: 32}}\nstore: {folder}/store\n"
@@ -31,7 +33,9 @@ def root(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plan", "{root}/r.yaml"], ["plan", "{root}/r.yaml", "--json"], ["formats"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "{root}/r.yaml"], ["plan", "{root}/r.yaml", "--json"], ["formats"]]
+)
 def test_help_and_plan_import_neither_torch_nor_prefect(root, arguments):
     script = (
         "import sys\nfrom flows import cli\n"
@@ -134,7 +138,9 @@ def test_upcast_quantize_evaluate_and_try_work_without_a_recipe(root, tmp_path, 
 def ran(root) -> dict[str, object]:
     """`requant run` in a process of its own, with its --json document."""
     command = [sys.executable, "-m", "flows", "run", f"{root}/r.yaml", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PREFECT_API_URL": ""})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PREFECT_API_URL": ""}
+    )
     assert done.returncode == 0, done.stderr
     document: dict[str, object] = json.loads(done.stdout)
     return document

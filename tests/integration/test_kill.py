@@ -48,7 +48,12 @@ def root(tmp_path_factory) -> Path:
 def start(root: Path, store: str, mark: str) -> subprocess.Popen[str]:
     recipe = root / f"{store}.yaml"
     recipe.write_text(RECIPE.format(root=root, store=root / store))
-    environment = {**os.environ, "REQUANT_TEST_MARK": mark, "PREFECT_API_URL": "", "PREFECT_HOME": str(root / "prefect")}
+    environment = {
+        **os.environ,
+        "REQUANT_TEST_MARK": mark,
+        "PREFECT_API_URL": "",
+        "PREFECT_HOME": str(root / "prefect"),
+    }
     return subprocess.Popen(
         [sys.executable, "-m", "flows", "run", str(recipe)], env=environment, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -60,7 +65,9 @@ def alive(mark: str) -> list[str]:
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and f"REQUANT_TEST_MARK={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+            if entry.name.isdigit() and f"REQUANT_TEST_MARK={mark}".encode() in (entry / "environ").read_bytes().split(
+                b"\0"
+            ):
                 found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
         except OSError:
             continue
@@ -79,7 +86,7 @@ def test_killed_in_each_stage_a_run_ends_whole_and_goes_on_without_repeating_a_s
         mark = uuid.uuid4().hex
         run = start(root, "killed", mark)
         assert run.stderr is not None
-        seen = next((line for line in run.stderr if line.startswith(f"{stage}: ") or line.startswith(f"{stage} ")), None)
+        seen = next((line for line in run.stderr if line.startswith((f"{stage}: ", f"{stage} "))), None)
         assert seen, f"{stage} never said that it works"
         run.send_signal(signal.SIGKILL)
         run.wait()

@@ -1,0 +1,41 @@
+"""What is checked before a plan is made: the source, the libraries, the groups, the argument names, the rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.argument_names import check_arguments
+from pipeline.artifacts import REFERENCE, VERSION, Store
+from pipeline.catalog import format_to, require_libraries
+from pipeline.checkpoint import Checkpoint, open_source
+from pipeline.errors import DataError
+from pipeline.recipe import Recipe
+from pipeline.rows import check_rows, lacks_chat_template
+from pipeline.sizes import Sizes, check_groups
+
+ROWS_CHECKED = 1000  # the plan looks at the first rows; the stage at all of them
+
+
+def open_model(source: str, store: Store) -> Checkpoint:
+    """The checkpoint behind a folder, a store reference, or a hub id[@revision]."""
+    match = None if Path(source).is_dir() else REFERENCE.fullmatch(source)
+    if match and (store.versions(match["name"], match["variant"]) or VERSION.fullmatch(match["which"] or "")):
+        return Checkpoint.open(store.resolve(source).path)
+    return open_source(source)
+
+
+def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> None:
+    """Raise an InputError for the first thing in a recipe that is known to fail, before any of it is paid for."""
+    for target in recipe.quantize:
+        require_libraries(format_to(target))
+        check_groups(sizes, target)
+    if recipe.train.method != "none":
+        check_arguments(recipe.train.arguments, recipe.train.lora)
+    files = {"train.data": recipe.train.data if recipe.train.method != "none" else None}
+    files["calibration.data"] = recipe.calibration_data if recipe.calibrated else None
+    files["evaluate.data"] = recipe.evaluate.data if recipe.evaluate else None
+    for key, data in files.items():
+        if data and check_rows(data, limit=ROWS_CHECKED) == "messages" and lacks_chat_template(source.path):
+            raise DataError(
+                f"{key}: {data.path} holds messages, but the tokenizer of {source.path} has no chat template"
+            )

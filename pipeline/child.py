@@ -39,6 +39,10 @@ GRACE = 10.0
 # Bytes of the child's output that an error carries.
 TAIL = 8192
 
+# How torch's threads wait for each other, unless the user says otherwise. OpenMP's own choice is to spin, which on two
+# virtual cores that share one makes two threads slower than one: 26 GFLOPS against 65, in a 1024x256x768 product.
+WAITING: Mapping[str, str] = types.MappingProxyType({"OMP_WAIT_POLICY": "PASSIVE"})
+
 _NOTHING: Mapping[str, str] = types.MappingProxyType({})
 
 
@@ -243,8 +247,8 @@ def _clean_start(output: int) -> Iterator[None]:
     Started by `python -c`, it would import from the current folder; and what the imports print would land on our
     standard output and error. For these milliseconds the output of other threads goes to `output` too.
     """
-    safe, ours = os.environ.get("PYTHONSAFEPATH"), {number: os.dup(number) for number in (1, 2)}
-    os.environ["PYTHONSAFEPATH"] = "1"
+    before, ours = dict(os.environ), {number: os.dup(number) for number in (1, 2)}
+    os.environ.update({**WAITING, **before, "PYTHONSAFEPATH": "1"})
     for number in ours:
         os.dup2(output, number)
     try:
@@ -253,7 +257,8 @@ def _clean_start(output: int) -> Iterator[None]:
         for number, kept in ours.items():
             os.dup2(kept, number)
             os.close(kept)
-        if safe is None:
-            del os.environ["PYTHONSAFEPATH"]
-        else:
-            os.environ["PYTHONSAFEPATH"] = safe
+        for name in ("PYTHONSAFEPATH", *WAITING):
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]

@@ -11,7 +11,7 @@ from pipeline.checkpoint import Checkpoint, open_source
 from pipeline.errors import DataError
 from pipeline.recipe import Recipe
 from pipeline.rows import check_rows, lacks_chat_template
-from pipeline.sizes import Sizes, check_groups
+from pipeline.sizes import Sizes, check_target
 
 ROWS_CHECKED = 1000  # the plan looks at the first rows; the stage at all of them
 
@@ -28,7 +28,7 @@ def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> None:
     """Raise an InputError for the first thing in a recipe that is known to fail, before any of it is paid for."""
     for target in recipe.quantize:
         require_libraries(format_to(target))
-        check_groups(sizes, target)
+        check_target(sizes, target)
     if recipe.train.method != "none":
         check_arguments(recipe.train.arguments, recipe.train.lora)
     files = {"train.data": recipe.train.data if recipe.train.method != "none" else None}

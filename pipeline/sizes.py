@@ -16,7 +16,9 @@ from pipeline.headers import TensorInfo
 from pipeline.targets import AWQTarget, GPTQTarget, Target
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-NOT_QUANTIZED = ("embed", "wte", "wpe", "lm_head", "embed_out", "norm")
+WORD = 32  # bits of the int32 that codes are packed into
+AWQ_OUTPUTS = 64  # gptqmodel's search for clipping bounds takes so many at a time; a packed word holds only 8
+NOT_QUANTIZED = ("embed", "wte", "wpe", "lm_head", "norm", "router", "mlp.gate.", "score.", "classifier")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,18 +71,30 @@ def dense_sizes(checkpoint: Checkpoint, row: Format) -> Sizes:
     return Sizes(shapes=shapes)
 
 
-def check_groups(sizes: Sizes, target: Target) -> None:
-    """Raise UnsupportedFormat, naming the layer, where a target's group size does not divide its inputs."""
-    if not isinstance(target, GPTQTarget | AWQTarget) or target.group_size == -1:
+def check_target(sizes: Sizes, target: Target) -> None:
+    """Raise UnsupportedFormat, naming the layer, where a target's groups or packed words do not fit a layer's sides."""
+    if not isinstance(target, GPTQTarget | AWQTarget):
         return
-    for module, (_, columns) in sizes.linears.items():
-        if columns % target.group_size:
-            fitting = [size for size in (16, 32, 64, 128) if all(c % size == 0 for _, c in sizes.linears.values())]
+    for module, (outputs, inputs) in sizes.linears.items():
+        if target.group_size != -1 and inputs % target.group_size:
+            fitting = [
+                size for size in (16, 32, 64, 128) if all(side % size == 0 for _, side in sizes.linears.values())
+            ]
             remedy = f"group sizes that fit: {', '.join(map(str, fitting))}" if fitting else "quantize to bitsandbytes"
             raise UnsupportedFormat(
-                f"{target.variant}: group_size {target.group_size} does not divide the {columns} inputs of {module}; "
-                f"{remedy}"
+                f"{target.variant}: group_size {target.group_size} does not divide the {inputs} inputs of {module}; {remedy}"
             )
+        if isinstance(target, AWQTarget):
+            sides = [("outputs", outputs, AWQ_OUTPUTS)]
+        else:  # codes are packed along the inputs, zero points along the outputs
+            step = WORD if target.bits == 3 else WORD // target.bits  # noqa: PLR2004 - 32 codes of 3 bits share 3 words
+            sides = [("inputs", inputs, step), ("outputs", outputs, step)]
+        for side, count, step in sides:
+            if count % step:
+                raise UnsupportedFormat(
+                    f"{target.variant}: the {count} {side} of {module} are no multiple of {step}, as gptqmodel's "
+                    f"{target.format} needs; quantize to bitsandbytes"
+                )
 
 
 def _dense_shape(checkpoint: Checkpoint, row: Format, module: str) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from pipeline.errors import InputError, UnsupportedFormat
 from pipeline.preflight import open_model
 from pipeline.recipe import Data, Dtype, Recipe
 from pipeline.rows import check_rows
-from pipeline.sizes import check_groups, dense_sizes
+from pipeline.sizes import check_target, dense_sizes
 from pipeline.targets import Target, parse_target
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
@@ -167,7 +167,7 @@ def quantize(
     sizes = dense_sizes(source, format_of(None))
     for target in targets:
         require_libraries(format_to(target))
-        check_groups(sizes, target)
+        check_target(sizes, target)
     options = {
         "targets": [target.model_dump() for target in targets], "seed": seed,
         "calibration": {"samples": samples, "sequence_length": sequence_length},

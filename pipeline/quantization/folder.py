@@ -29,8 +29,9 @@ from pipeline.targets import Target
 class Order:
     """One quantized checkpoint to be written, in values that travel to another process.
 
-    `dense` is the parent's folder, `out` the folder to make, `scratch` one for the library's own files; whatever is in
-    the last two goes. `calibration` holds token ids, a tuple for each sample, and is empty where the format needs none.
+    `dense` is the parent's folder, `out` the folder to make, `scratch` one for the library's own files: absolute
+    paths; whatever is in the last two goes. `calibration` holds token ids, a tuple for each sample, and is empty where
+    the format needs none.
     """
 
     dense: Path

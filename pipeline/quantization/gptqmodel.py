@@ -15,9 +15,8 @@ from typing import Any
 
 from pipeline import progress
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import StageFailed, UnsupportedFormat
+from pipeline.errors import StageFailed
 from pipeline.quantization.folder import Order, Written, write_folder
-from pipeline.sizes import Sizes, check_groups
 from pipeline.targets import AWQTarget, GPTQTarget
 
 # Must be there before gptqmodel is imported: with its own count it stops on a machine of two cores.
@@ -25,25 +24,6 @@ ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2"}
 # What loaders read. The rest of gptqmodel's config (`meta`: paths, timings, device strategies) says how, not what.
 CONFIG_KEYS = ("bits", "group_size", "sym", "desc_act", "lm_head", "quant_method", "format", "checkpoint_format",
                "pack_dtype", "zero_point", "version")  # fmt: skip
-WORD = 32  # bits of the int32 that codes are packed into
-AWQ_COLUMNS = 8  # codes of AWQ's GEMM layout in one word, along the outputs
-
-
-def check(sizes: Sizes, target: GPTQTarget | AWQTarget) -> None:
-    """Raise UnsupportedFormat, naming the layer, where groups or packed words do not divide its sides."""
-    check_groups(sizes, target)
-    for module, (outputs, inputs) in sizes.linears.items():
-        if isinstance(target, AWQTarget):
-            sides = [("outputs", outputs, AWQ_COLUMNS)]
-        else:  # codes are packed along the inputs, zero points along the outputs
-            step = WORD if target.bits == 3 else WORD // target.bits  # noqa: PLR2004 - 32 codes of 3 bits share 3 words
-            sides = [("inputs", inputs, step), ("outputs", outputs, step)]
-        for side, count, step in sides:
-            if count % step:
-                raise UnsupportedFormat(
-                    f"{target.variant}: the {count} {side} of {module} are no multiple of {step}, as its packed words "
-                    "need; quantize to bitsandbytes"
-                )
 
 
 def write(order: Order) -> Written:

@@ -12,7 +12,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import UnsupportedFormat
 from pipeline.quantization import gptqmodel
 from pipeline.quantization.folder import Order, Written
-from pipeline.sizes import dense_sizes
+from pipeline.sizes import check_target, dense_sizes
 from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target
 
 WRITERS: dict[type[Any], str] = {
@@ -31,8 +31,7 @@ def check(dense: Checkpoint, targets: Iterable[Target]) -> None:
     sizes = dense_sizes(dense, DENSE)
     for target in targets:
         require_libraries(format_to(target))
-        if isinstance(target, GPTQTarget | AWQTarget):
-            gptqmodel.check(sizes, target)
+        check_target(sizes, target)
 
 
 def write(order: Order) -> Written:

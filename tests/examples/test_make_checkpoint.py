@@ -15,7 +15,7 @@ from pipeline.encoding import load_tokenizer
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHIPPED = EXAMPLES / "stdlib-lm-awq"
 TOY = {
-    "steps": 2, "batch": 2, "files": 30, "vocabulary": 300, "hidden": 64, "intermediate": 128, "layers": 2,
+    "steps": 2, "batch": 2, "files": 30, "vocabulary": 300, "hidden": 128, "intermediate": 128, "layers": 2,
     "samples": 4, "length": 32, "group-size": 32,
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ def gptqmodel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     done = subprocess.run(
         [sys.executable, "-m", PROGRAM, str(folder), str(dense)],
-        env=os.environ | settings, cwd=Path(__file__).parents[2], capture_output=True, text=True,
+        env=os.environ | settings | {"PYTHONPATH": str(Path(__file__).parents[2])}, cwd=folder, capture_output=True, text=True,
         timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

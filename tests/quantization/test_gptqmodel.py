@@ -5,14 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline import child, progress
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import UnsupportedFormat
-from pipeline.quantization import gptqmodel, writers
+from pipeline.quantization import writers
 from pipeline.quantization.folder import Order
-from pipeline.sizes import Sizes
 from pipeline.targets import AWQTarget, GPTQTarget
 from tests.checkpoints import tiny_llama
 
@@ -22,38 +20,14 @@ TARGETS = {
 }
 
 
-def sizes(outputs, inputs):
-    return Sizes(shapes={"model.layers.0.mlp.up_proj.weight": (outputs, inputs), "lm_head.weight": (7, inputs)})
-
-
-def test_a_group_size_that_does_not_divide_the_inputs_is_refused_with_those_that_do():
-    with pytest.raises(UnsupportedFormat, match=r"group_size 128 .* 96 inputs of model.layers.0.mlp.up_proj.*16, 32$"):
-        gptqmodel.check(sizes(64, 96), AWQTarget(format="awq"))
-
-
-@pytest.mark.parametrize(
-    ("target", "outputs", "inputs", "said"),
-    [
-        (AWQTarget(format="awq", group_size=16), 12, 64, "12 outputs .* multiple of 8"),
-        (GPTQTarget(format="gptq", group_size=-1), 12, 64, "12 outputs .* multiple of 8"),
-        (GPTQTarget(format="gptq", group_size=-1), 64, 12, "12 inputs .* multiple of 8"),
-        (GPTQTarget(format="gptq", bits=3, group_size=-1), 64, 48, "48 inputs .* multiple of 32"),
-        (GPTQTarget(format="gptq", bits=2, group_size=-1), 24, 64, "24 outputs .* multiple of 16"),
-    ],
-)
-def test_sides_that_do_not_fill_packed_words_are_refused_with_the_layer(target, outputs, inputs, said):
-    with pytest.raises(UnsupportedFormat, match=said):
-        gptqmodel.check(sizes(outputs, inputs), target)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_what_fits_is_let_through_whatever_the_heads_size(bits):
-    gptqmodel.check(sizes(64, 96), GPTQTarget(format="gptq", bits=bits, group_size=32))
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("dense"), dtype="float16")
+    """A model whose activations have channels that stand out, as those of trained models do and AWQ is made for."""
+    folder = tiny_llama(tmp_path_factory.mktemp("dense"), dtype="float16")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:, ::16] *= 30
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -80,10 +54,10 @@ def test_fresh_processes_reload_it_whole_and_agree_to_the_last_bit(made, dense):
     kinds = first["modules"]
     assert kinds["lm_head"] == "Linear"
     assert kinds["model.layers.1.mlp.down_proj"] != "Linear"
-    # 4 bits move the logits of a random model by a tenth of their spread; wrong scales or order by all of it.
     right = torch.tensor(child.run("tests.quantization.reloading:logits", dense, "float16")["logits"])
     error = (torch.tensor(first["logits"]) - right).std() / right.std()
-    assert 0 < error < 0.3
+    # Both move the logits by 0.02 of their spread; AWQ that loses its weights in the scale search by 0.27.
+    assert 0 < error < 0.05
 
 
 @pytest.mark.slow

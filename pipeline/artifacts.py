@@ -118,15 +118,20 @@ class Store:
     def workspace(self, fingerprint: str) -> Iterator[Path]:
         """A folder for the work behind `fingerprint`, held by one run at a time.
 
-        It outlives an error or a kill, so that the next run resumes from it; leaving the block without one removes it.
+        What lies in it outlives an error or a kill, so that the next run resumes from it; leaving the block without
+        an error removes it.
         """
         folder = self.private / "work" / fingerprint
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock")):
             folder.mkdir(exist_ok=True)
-            yield folder
-            shutil.rmtree(folder)
-            folder.with_suffix(".lock").unlink(missing_ok=True)
+            try:
+                yield folder
+                shutil.rmtree(folder)
+            finally:
+                if not folder.exists() or not any(folder.iterdir()):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    folder.with_suffix(".lock").unlink(missing_ok=True)
 
     def commit(
         self,

@@ -82,7 +82,8 @@ def check_target(sizes: Sizes, target: Target) -> None:
             ]
             remedy = f"group sizes that fit: {', '.join(map(str, fitting))}" if fitting else "quantize to bitsandbytes"
             raise UnsupportedFormat(
-                f"{target.variant}: group_size {target.group_size} does not divide the {inputs} inputs of {module}; {remedy}"
+                f"{target.variant}: group_size {target.group_size} does not divide the {inputs} inputs of {module}; "
+                f"{remedy}"
             )
         if isinstance(target, AWQTarget):
             sides = [("outputs", outputs, AWQ_OUTPUTS)]

@@ -212,13 +212,21 @@ def test_gc_leaves_the_work_that_a_run_holds_and_the_work_that_may_be_resumed(st
         os.utime(held, (0, 0))
         collect(store, keep=None)
         assert held.exists()
-    with pytest.raises(RuntimeError), store.workspace("b" * 8) as fresh:
+    with contextlib.suppress(RuntimeError), store.workspace("b" * 8) as fresh:
+        (fresh / "checkpoint").write_text("half")
         raise RuntimeError
     collect(store, keep=None)
     assert fresh.exists()
-    os.utime(fresh, (0, 0))
+    for path in (fresh / "checkpoint", fresh):
+        os.utime(path, (0, 0))
     collect(store, keep=None)
     assert not fresh.exists()
+
+
+def test_a_workspace_that_nothing_was_written_to_leaves_nothing(store):
+    with contextlib.suppress(RuntimeError), store.workspace("c" * 8):
+        raise RuntimeError
+    assert list((store.private / "work").iterdir()) == []
 
 
 def test_lineage_walks_back_to_what_is_outside_the_store(store):

@@ -80,11 +80,14 @@ def plan(recipe: Path, *, overrides: Set = [], json: Json = False) -> None:  # n
         Print one JSON document.
 
     """
-    rows = plan_rows(make_plan(load_recipe(recipe, overrides)))
+    parsed = load_recipe(recipe, overrides)
+    rows = plan_rows(make_plan(parsed))
     if json:
         print_json({"plan": rows})
-    else:
-        show_plan(rows)
+        return
+    show_plan(rows)
+    if parsed.promote:
+        OUT.print(f"then: each variant that keeps its bounds becomes @{parsed.promote.alias}", markup=False)
 
 
 def train(recipe: Path, *, overrides: Set = [], json: Json = False) -> None:  # noqa: B006  # cyclopts reads the default

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from flows import cli
 from pipeline.recipe import load_recipe, parse_recipe
@@ -132,6 +135,52 @@ def test_upcast_quantize_evaluate_and_try_work_without_a_recipe(root, tmp_path, 
     assert score["kl_divergence"] < 0.01, "NF4 beside its own dequantized weights"
     assert cli.run(["try", str(tmp_path / "dense"), "--prompt", "row", "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.startswith("row")
+
+
+def damaged(root: Path, folder: Path, damage: str) -> Path:
+    """The model with one thing wrong, and a recipe for it."""
+    shutil.copytree(root / "model", folder / "model")
+    shard = folder / "model" / "model.safetensors"
+    tensors = load_file(shard)
+    match damage:
+        case "truncated":
+            shard.write_bytes(shard.read_bytes()[:-100])
+        case "missing":
+            save_file({name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}, shard)
+        case "unexpected":
+            save_file({**tensors, "model.extra.weight": torch.ones(3)}, shard)
+        case "escaping":
+            index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
+            (folder / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+        case "pickle":
+            shard.rename(folder / "model" / "pytorch_model.bin")
+        case "nan":
+            save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] * torch.nan}, shard)
+    recipe = folder / "r.yaml"
+    recipe.write_text(f"name: bot\nsource: {folder}/model\nstore: {folder}/store\n")
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "said"),
+    [
+        ("truncated", 2, "model.safetensors: has"),
+        ("missing", 2, "model.norm.weight: is in no shard"),
+        ("unexpected", 2, "model.extra.weight"),
+        ("escaping", 2, "leaves the folder"),
+        ("pickle", 2, "a pickle, which is never opened"),
+        ("nan", 1, "model.norm.weight: holds NaN"),
+    ],
+)
+def test_a_damaged_model_is_one_sentence_and_no_version_is_written(root, tmp_path, capsys, damage, code, said):
+    recipe = damaged(root, tmp_path, damage)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a row of text"}\n')
+    overrides = ["--set", "train.method=full", "--set", f"train.data={tmp_path}/rows.jsonl"]
+    assert cli.run(["train", str(recipe), *overrides]) == code
+    said_all = capsys.readouterr().err
+    assert said in said_all
+    assert "Traceback" not in said_all
+    assert not list((tmp_path / "store").glob("*/*/v*"))
 
 
 @pytest.fixture(scope="module")

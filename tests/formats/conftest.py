@@ -27,10 +27,11 @@ def gptqmodel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "GPTQMODEL_DISABLE_PACK_EXT": "1",  # its Python packer: the C++ one takes a minute to compile
         "TORCHDYNAMO_DISABLE": "1",  # it compiles the kernel of a module that it reloads
         "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     done = subprocess.run(
         [sys.executable, "-m", PROGRAM, str(folder), str(dense)],
-        env=os.environ | settings | {"PYTHONPATH": str(Path(__file__).parents[2])}, cwd=folder, capture_output=True, text=True,
+        env=os.environ | settings, cwd=folder, capture_output=True, text=True,
         timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

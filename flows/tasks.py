@@ -83,7 +83,7 @@ class PrefectSink:
 
     def __init__(self, recipe: Recipe, logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
         self._recipe, self._logger = recipe, logger
-        self._bars: dict[str, tuple[UUID, float]] = {}
+        self._bars: dict[tuple[str, str], tuple[UUID, float]] = {}  # by stage and unit
 
     def __call__(self, event: progress.Event) -> None:
         """Show one event."""
@@ -97,16 +97,16 @@ class PrefectSink:
 
     def _advance(self, event: progress.Step) -> None:
         percent = 100.0 * event.done / max(event.total, 1)
-        bar, shown = self._bars.get(event.stage, (None, 0.0))
+        bar, shown = self._bars.get((event.stage, event.unit), (None, 0.0))
         if bar is not None and time.monotonic() - shown < UPDATE_SECONDS and event.done < event.total:
             return
         if bar is None:
-            key = _key(self._recipe, event.stage)
+            key = _key(self._recipe, f"{event.stage}-{event.unit}")
             made = create_progress_artifact(progress=percent, key=key, description=f"{event.stage} in {event.unit}")
             bar = cast("UUID", made)  # a coroutine only inside an event loop, where no stage runs
         else:
             update_progress_artifact(artifact_id=bar, progress=percent)
-        self._bars[event.stage] = (bar, time.monotonic())
+        self._bars[event.stage, event.unit] = (bar, time.monotonic())
 
 
 def _key(recipe: Recipe, what: str) -> str:

@@ -46,24 +46,26 @@ def showing_progress() -> Iterator[None]:
 class _Bars:
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
-        self._ids: dict[str, TaskID] = {}
+        self._ids: dict[tuple[str, str], TaskID] = {}  # by stage and unit: a quantize stage counts each target's layers
+        self._latest: dict[str, TaskID] = {}
 
     def __call__(self, event: progress.Event) -> None:
         match event:
             case progress.Message(stage=stage, text=text):
                 self._bars.console.print(f"{stage}: {text}", markup=False)
             case progress.Step(stage=stage, done=done, total=total, unit=unit):
-                if stage not in self._ids:
-                    self._ids[stage] = self._bars.add_task(stage, total=total, unit=unit, figure="")
-                self._bars.update(self._ids[stage], completed=done, total=total)
+                if (stage, unit) not in self._ids:
+                    self._ids[stage, unit] = self._bars.add_task(stage, total=total, unit=unit, figure="")
+                self._latest[stage] = self._ids[stage, unit]
+                self._bars.update(self._latest[stage], completed=done, total=total)
             case progress.Metric(stage=stage, name=name, value=value):
-                if stage in self._ids:
-                    self._bars.update(self._ids[stage], figure=f"{name} {value:.4g}")
+                if stage in self._latest:
+                    self._bars.update(self._latest[stage], figure=f"{name} {value:.4g}")
 
 
 class _Lines:
     def __init__(self) -> None:
-        self._said: dict[str, float] = {}
+        self._said: dict[tuple[str, str], float] = {}
 
     def __call__(self, event: progress.Event) -> None:
         match event:
@@ -71,8 +73,8 @@ class _Lines:
                 ERR.print(f"{stage}: {text}", markup=False)
             case progress.Step(stage=stage, done=done, total=total, unit=unit):
                 now = time.monotonic()
-                if done >= total or now - self._said.get(stage, now - LINE_SECONDS) >= LINE_SECONDS:
-                    self._said[stage] = now
+                if done >= total or now - self._said.get((stage, unit), now - LINE_SECONDS) >= LINE_SECONDS:
+                    self._said[stage, unit] = now
                     ERR.print(f"{stage}: {done}/{total} {unit}", markup=False)
             case progress.Metric():
                 pass

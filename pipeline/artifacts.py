@@ -4,7 +4,7 @@
     <store>/<name>/<variant>/production      a link to a version: an alias
     <store>/.store/blobs/ab/abcd…            every file once, by sha256; version folders are hard links into it
     <store>/.store/manifests/…               every manifest, likewise
-    <store>/.store/work/<fingerprint>/       what a stage writes before it is committed
+    <store>/.store/work/<identity>/          what a stage writes before it is committed
 
 A commit hashes and syncs the files where the stage wrote them, links them into the blobs, adds the manifest, and
 renames the folder to its version: that rename is the commit. Hard links and the rename need one local file system.
@@ -115,13 +115,13 @@ class Store:
         return None
 
     @contextlib.contextmanager
-    def workspace(self, fingerprint: str) -> Iterator[Path]:
-        """A folder for the work behind `fingerprint`, held by one run at a time.
+    def workspace(self, identity: str) -> Iterator[Path]:
+        """A folder for the work that `identity` names, held by one run at a time.
 
         What lies in it outlives an error or a kill, so that the next run resumes from it; leaving the block without
         an error removes it.
         """
-        folder = self.private / "work" / fingerprint
+        folder = self.private / "work" / identity
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock")):
             folder.mkdir(exist_ok=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline import child, progress
 from pipeline.artifacts import Artifact, Store
+from pipeline.digests import digest_value
 from pipeline.errors import NoSpace
 from pipeline.manifest import Origin
 from pipeline.plan import Plan, Step
@@ -98,8 +99,9 @@ def work(task: Work) -> dict[str, str]:
 
 
 def _run(plan: Plan, step: Step, *, isolated: bool) -> dict[str, str]:
-    first = step.pending[0].origin.fingerprint
-    with plan.store.workspace(first) as workspace:
+    # Of all outputs, not of those still pending: a run that was killed after the first finds the same workspace again.
+    identity = digest_value([output.origin.fingerprint for output in step.outputs])
+    with plan.store.workspace(identity) as workspace:
         task = _task(plan, step, workspace)
         if not task.origins:  # another run made them while this one waited for the workspace
             return {

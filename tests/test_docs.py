@@ -36,7 +36,7 @@ def commands() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
+def folder_of_the_pages(tmp_path_factory) -> Path:
     """A folder like the repository's, with the example model and the demo recipe cut down to seconds."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "examples", folder / "examples")
@@ -53,8 +53,10 @@ def workplace(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_every_requant_command_of_the_documentation_runs_in_the_order_of_the_pages(workplace, monkeypatch, capsys):
-    monkeypatch.chdir(workplace)
+def test_every_requant_command_of_the_documentation_runs_in_the_order_of_the_pages(
+    folder_of_the_pages, monkeypatch, capsys
+):
+    monkeypatch.chdir(folder_of_the_pages)
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     found = [line for line in commands() if line.startswith("requant ")]
     assert "requant run examples/demo.yaml" in found

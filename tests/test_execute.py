@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import types
@@ -9,6 +10,7 @@ import types
 import pytest
 
 from pipeline import outcome, progress
+from pipeline.artifacts import Store
 from pipeline.errors import GateRefused, NoSpace
 from pipeline.execute import run_step
 from pipeline.plan import Plan, make_plan
@@ -114,3 +116,24 @@ def test_a_full_disk_is_said_before_the_stage_starts(root, tmp_path, monkeypatch
     with pytest.raises(NoSpace, match="upcast: needs"):
         run_step(plan, plan.steps[0])
     assert not (tmp_path / "s").exists()
+
+
+def test_a_kill_between_two_targets_leaves_a_workspace_that_the_next_run_takes_up(root, tmp_path, monkeypatch):
+    overrides = [f"store={tmp_path / 's'}", "quantize=[{format: bitsandbytes}, {format: bitsandbytes, bits: 8}]"]
+    plan = planned(root, *overrides)
+    run_step(plan, plan.steps[0])
+    commit = Store.commit
+
+    def once(self, folder, **told):
+        if told["variant"] == "int8":
+            raise KeyboardInterrupt
+        return commit(self, folder, **told)
+
+    monkeypatch.setattr(Store, "commit", once)
+    with contextlib.suppress(KeyboardInterrupt):
+        run_step(plan, plan.steps[1], isolated=False)
+    monkeypatch.setattr(Store, "commit", commit)
+    again = planned(root, *overrides)
+    assert [output.variant for output in again.steps[1].pending] == ["int8"]
+    run_step(again, again.steps[1], isolated=False)
+    assert list((again.store.private / "work").iterdir()) == []

@@ -1,0 +1,54 @@
+"""What a person sees: a bar for each thing that is counted, a line now and then where there is no terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from flows import terminal
+from pipeline import progress
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    def run(*, is_terminal: bool) -> str:
+        out = io.StringIO()
+        monkeypatch.setattr(terminal, "ERR", Console(file=out, force_terminal=is_terminal, width=120))
+        with terminal.showing_progress():
+            progress.step("quantize", done=6, total=6, unit="gptq-4bit layers")
+            progress.metric("quantize", "loss", 0.5)
+            progress.step("quantize", done=1, total=6, unit="awq-4bit layers")
+            progress.message("quantize", "committed bot/gptq-4bit@v0001")
+        return out.getvalue()
+
+    return run
+
+
+def test_each_target_of_a_stage_has_a_bar_of_its_own_with_its_unit_and_figure(shown):
+    text = shown(is_terminal=True)
+    assert "6/6 gptq-4bit layers" in text
+    assert "1/6 awq-4bit layers" in text
+    assert "loss 0.5" in text
+    assert "left" in text
+
+
+def test_without_a_terminal_there_are_plain_lines(shown):
+    assert shown(is_terminal=False).splitlines() == [
+        "quantize: 6/6 gptq-4bit layers",
+        "quantize: 1/6 awq-4bit layers",
+        "quantize: committed bot/gptq-4bit@v0001",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"), [(999, "999 B"), (1500, "2 kB"), (13_600_000, "13.6 MB"), (2.5e12, "2500.0 GB")]
+)
+def test_bytes_are_shown_in_the_unit_that_keeps_them_short(nbytes, text):
+    assert terminal.size(nbytes) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(None, "not measured yet"), (58.2, "58 s"), (600.0, "10 min")])
+def test_seconds_are_shown_as_a_person_says_them(seconds, text):
+    assert terminal.duration(seconds) == text

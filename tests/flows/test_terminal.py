@@ -15,7 +15,8 @@ from pipeline import progress
 def shown(monkeypatch):
     def run(*, is_terminal: bool) -> str:
         out = io.StringIO()
-        monkeypatch.setattr(terminal, "ERR", Console(file=out, force_terminal=is_terminal, width=120))
+        console = Console(file=out, force_terminal=is_terminal, color_system=None, width=140)
+        monkeypatch.setattr(terminal, "ERR", console)
         with terminal.showing_progress():
             progress.step("quantize", done=6, total=6, unit="gptq-4bit layers")
             progress.metric("quantize", "loss", 0.5)

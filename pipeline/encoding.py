@@ -84,6 +84,20 @@ def encode_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> Sequence:
             return _completion(row, tokenizer)
 
 
+def padded(batch: list[Sequence], *, pad_token: int) -> dict[str, torch.Tensor]:
+    """`input_ids`, `attention_mask` and `labels`, each int64 [B, T], padded on the right to the longest sequence."""
+    length = max(len(sequence.input_ids) for sequence in batch)
+
+    def filled(rows: list[list[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([[*row, *[filler] * (length - len(row))] for row in rows], dtype=torch.int64)
+
+    return {
+        "input_ids": filled([sequence.input_ids for sequence in batch], pad_token),
+        "attention_mask": filled([[1] * len(sequence.input_ids) for sequence in batch], 0),
+        "labels": filled([sequence.labels for sequence in batch], IGNORED),
+    }
+
+
 def calibration_samples(
     rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int
 ) -> torch.Tensor:

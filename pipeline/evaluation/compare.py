@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from pipeline import progress
-from pipeline.encoding import Sequence, encode, load_tokenizer
+from pipeline.encoding import Sequence, encode, load_tokenizer, padded
 from pipeline.errors import DataError, NonFinite
-from pipeline.evaluation.figures import IGNORED, Totals, add
+from pipeline.evaluation.figures import Totals, add
 from pipeline.evaluation.load import load_model
 from pipeline.evaluation.tasks import Comparison
 from pipeline.gates import Scores
@@ -46,24 +46,12 @@ def _run(task: Comparison, model: Any, other: Any, sequences: list[Sequence]) ->
     size = max(1, LOGIT_BYTES // (4 * task.sequence_length * model.config.vocab_size))
     batches = [sequences[i : i + size] for i in range(0, len(sequences), size)]
     for done, batch in enumerate(batches, start=1):
-        ids, mask, labels = (tensor.to(model.device) for tensor in _padded(batch))
-        wanted = other(input_ids=ids, attention_mask=mask).logits if other is not None else None
-        logits = model(input_ids=ids, attention_mask=mask).logits
+        given = {name: tensor.to(model.device) for name, tensor in padded(batch, pad_token=0).items()}
+        labels = given.pop("labels")
+        wanted = other(**given).logits if other is not None else None
+        logits = model(**given).logits
         add(totals, logits, labels, wanted)
         if wanted is not None:
             add(reference, wanted, labels, None)
         progress.step(f"evaluate {task.variant}", done=done, total=len(batches), unit="batches")
     return totals, reference
-
-
-def _padded(batch: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, attention mask and labels, each [B, T] int64, padded on the right."""
-    length = max(len(sequence.input_ids) for sequence in batch)
-
-    def pad(values: list[int], filler: int) -> list[int]:
-        return [*values, *([filler] * (length - len(values)))]
-
-    ids = torch.tensor([pad(list(sequence.input_ids), 0) for sequence in batch])
-    mask = torch.tensor([pad([1] * len(sequence.input_ids), 0) for sequence in batch])
-    labels = torch.tensor([pad(list(sequence.labels), IGNORED) for sequence in batch])
-    return ids, mask, labels

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-IGNORED = -100
+from pipeline.encoding import IGNORED
 
 
 @dataclass(slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from pipeline import progress
-from pipeline.encoding import IGNORED, Sequence
+from pipeline.encoding import Sequence, padded
 from pipeline.errors import NonFinite, RecipeError
 from pipeline.training.model import check_finite
 from pipeline.training.resume import Resumable, last_complete
@@ -71,21 +71,12 @@ def train(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Padded:
-    """Sequences → a batch: ids, mask and labels, each int64 [B, T], padded on the right to the longest."""
+    """Trainer's collator: `encoding.padded` with the tokenizer's padding."""
 
     pad_token: int
 
     def __call__(self, batch: list[Sequence]) -> dict[str, torch.Tensor]:
-        length = max(len(sequence.input_ids) for sequence in batch)
-
-        def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
-            return torch.tensor([[*row, *[filler] * (length - len(row))] for row in rows], dtype=torch.int64)
-
-        return {
-            "input_ids": padded([sequence.input_ids for sequence in batch], self.pad_token),
-            "attention_mask": padded([[1] * len(sequence.input_ids) for sequence in batch], 0),
-            "labels": padded([sequence.labels for sequence in batch], IGNORED),
-        }
+        return padded(batch, pad_token=self.pad_token)
 
 
 class _Events(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here

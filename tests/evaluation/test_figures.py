@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from pipeline.evaluation.figures import IGNORED, Totals, add
+from pipeline.encoding import IGNORED
+from pipeline.evaluation.figures import Totals, add
 
 
 def logits(*rows: list[float]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,6 +102,12 @@ class Checkpoint:
             quantization=Quantization.parse(raw) if raw else None,
             companions=_companions(path),
         )
+
+    def copy_companions(self, folder: Path) -> None:
+        """Copy what goes along with the weights to `folder`, byte for byte."""
+        for name in self.companions:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.path / name, folder / name)
 
     @property
     def shards(self) -> tuple[str, ...]:

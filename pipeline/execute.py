@@ -105,9 +105,7 @@ def _run(plan: Plan, step: Step, *, isolated: bool) -> dict[str, str]:
         task = _task(plan, step, workspace)
         if not task.origins:  # another run made them while this one waited for the workspace
             return {
-                output.variant: artifact.reference
-                for output in step.pending
-                if (artifact := plan.store.find(plan.recipe.name, output.variant, output.origin.fingerprint))
+                output.variant: artifact.reference for output in step.pending if (artifact := plan.artifact(output))
             }
         if not isolated:
             return work(task)
@@ -117,11 +115,7 @@ def _run(plan: Plan, step: Step, *, isolated: bool) -> dict[str, str]:
 
 def _task(plan: Plan, step: Step, workspace: Path) -> Work:
     name = plan.recipe.name
-    origins = {
-        output.variant: output.origin
-        for output in step.pending
-        if plan.store.find(name, output.variant, output.origin.fingerprint) is None
-    }
+    origins = {output.variant: output.origin for output in step.pending if plan.artifact(output) is None}
     inputs: dict[str, Path] = {}
     parents: dict[str, dict[str, str]] = {}
     for role, parent in step.inputs.items():
@@ -150,7 +144,7 @@ def _parent(plan: Plan, variant: str) -> Artifact:
     for step in plan.steps:
         for output in step.outputs:
             if output.variant == variant:
-                artifact = output.artifact or plan.store.find(plan.recipe.name, variant, output.origin.fingerprint)
+                artifact = plan.artifact(output)
                 assert artifact, f"{variant} is needed before it was made"
                 return artifact
     raise AssertionError(variant)

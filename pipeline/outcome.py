@@ -33,7 +33,7 @@ def made(plan: Plan) -> dict[str, Artifact]:
     """Every output of the plan that the store holds, by variant."""
     found: dict[str, Artifact] = {}
     for output in (output for step in plan.steps for output in step.outputs):
-        artifact = output.artifact or plan.store.find(plan.recipe.name, output.variant, output.origin.fingerprint)
+        artifact = plan.artifact(output)
         if artifact:
             found[output.variant] = artifact
     return found

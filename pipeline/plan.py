@@ -85,6 +85,10 @@ class Plan:
         """The step of a stage, where the recipe has one."""
         return next((step for step in self.steps if step.stage == stage), None)
 
+    def artifact(self, output: Planned) -> Artifact | None:
+        """What the store holds of an output: known since planning, or made since."""
+        return output.artifact or self.store.find(self.recipe.name, output.variant, output.origin.fingerprint)
+
     @property
     def runs(self) -> bool:
         """Whether any step must run."""

@@ -97,9 +97,7 @@ def write_folder(
     config = {**parent.config, "quantization_config": dict(quantization)}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (order.out / "config.json").write_text(text, encoding="utf-8")
-    for name in parent.companions:
-        (order.out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(parent.path / name, order.out / name)
+    parent.copy_companions(order.out)
     return _written(parent, Checkpoint.open(order.out), row)
 
 

@@ -93,9 +93,8 @@ def fresh(folder: Path) -> Path:
 
 def copy_beside_weights(base: Checkpoint, folder: Path) -> None:
     """Copy config.json, tokenizer and whatever else goes with the weights, unchanged."""
-    for name in ("config.json", *base.companions):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(base.path / name, folder / name)
+    shutil.copyfile(base.path / "config.json", folder / "config.json")
+    base.copy_companions(folder)
 
 
 def _metrics(trained: Trained) -> dict[str, float]:

@@ -59,9 +59,7 @@ def run(job: Job) -> Iterator[Output]:
         out.mkdir(parents=True)
         _write(planned, out, checkpoint, row)
     _write_config(checkpoint, out, job.options["dtype"])
-    for name in checkpoint.companions:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.path / name, out / name)
+    checkpoint.copy_companions(out)
     packed = sum(item.group.packed for item in planned)
     yield Output(
         variant="dense",

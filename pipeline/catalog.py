@@ -18,17 +18,23 @@ from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target
 class Format:
     """A way for weights to lie on disk.
 
-    A module is packed when the tensor `<module>.<marker>` exists; its packed tensors are `<module>.<component>`.
-    A component that ends in `*` stands for every name that begins so.
+    A module is packed when the tensor `<module><marker>` exists for one of the markers; its packed tensors are
+    `<module><component>`, and together they become the dense tensor `<module><weight>`. A component that ends in `*`
+    stands for every name that begins so. `leftovers` end the names of what quantized activations need and a dense model
+    has no place for. `methods` are the `quant_method`s that the row reads, with these `bits` (none: any) and in these
+    `layouts` (none: any).
     """
 
     name: str
     title: str
-    method: str | None
+    methods: tuple[str, ...]
     module: str
-    marker: str
+    markers: tuple[str, ...]
     components: tuple[str, ...]
-    bits: tuple[int, ...]
+    bits: tuple[int, ...] = ()
+    layouts: tuple[str, ...] = ()
+    weight: str = ".weight"
+    leftovers: tuple[str, ...] = ()
     dequantize: str
     train: str
     quantize: str
@@ -36,28 +42,23 @@ class Format:
     libraries: tuple[str, ...] = ()
 
     def packed_modules(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """Module → its components among tensor `names`, sorted."""
-        if not self.marker:
-            return {}
+        """Module → its components among tensor `names`, sorted; module and component joined are the tensor's name."""
         names = set(names)
-        suffix = f".{self.marker}"
-        modules = {name.removesuffix(suffix): [] for name in names if name.endswith(suffix)}  # type: dict[str, list[str]]
-        for name in names:
+        modules: dict[str, list[str]] = {
+            name.removesuffix(marker): [] for name in names for marker in self.markers if name.endswith(marker)
+        }
+        for name in names if modules else ():
             for component in self.components:
-                stem, wildcard = component.rstrip("*"), component.endswith("*")
-                cut = (
-                    name.rfind(f".{stem}")
-                    if wildcard
-                    else (len(name) - len(stem) - 1 if name.endswith(f".{stem}") else -1)
-                )
+                stem = component.rstrip("*")
+                cut = name.rfind(stem) if stem != component else len(name) - len(stem) if name.endswith(stem) else -1
                 if cut >= 0 and name[:cut] in modules:
-                    modules[name[:cut]].append(name[cut + 1 :])
+                    modules[name[:cut]].append(name[cut:])
                     break
         return {module: tuple(sorted(found)) for module, found in sorted(modules.items())}
 
 
 DENSE = Format(
-    name="dense", title="bf16, fp16, fp32", method=None, module="pipeline.formats.dense", marker="", components=(),
+    name="dense", title="bf16, fp16, fp32", methods=(), module="pipeline.formats.dense", markers=(), components=(),
     bits=(16, 32), dequantize="copied or cast", train="full, LoRA", quantize="the upcast stage", reload="transformers",
 )  # fmt: skip
 
@@ -66,28 +67,28 @@ FORMATS: dict[str, Format] = {
     for row in (
         DENSE,
         Format(
-            name="bnb-4bit", title="bitsandbytes NF4, FP4", method="bitsandbytes", module="pipeline.formats.bnb_4bit",
-            marker="weight.absmax", components=("weight", "weight.*"), bits=(4,),
+            name="bnb-4bit", title="bitsandbytes NF4, FP4", methods=("bitsandbytes",), module="pipeline.formats.bnb_4bit",
+            markers=(".weight.absmax",), components=(".weight", ".weight.*"), bits=(4,),
             dequantize="NF4, FP4, with and without double quantization", train="after upcast",
             quantize="transformers + bitsandbytes",
             reload="transformers + bitsandbytes", libraries=("bitsandbytes",),
         ),
         Format(
-            name="bnb-int8", title="bitsandbytes int8", method="bitsandbytes", module="pipeline.formats.bnb_int8",
-            marker="SCB", components=("weight", "SCB", "weight_format"), bits=(8,),
+            name="bnb-int8", title="bitsandbytes int8", methods=("bitsandbytes",), module="pipeline.formats.bnb_int8",
+            markers=(".SCB",), components=(".weight", ".SCB", ".weight_format"), bits=(8,),
             dequantize="row-major", train="after upcast", quantize="transformers + bitsandbytes",
             reload="transformers + bitsandbytes", libraries=("bitsandbytes",),
         ),
         Format(
-            name="gptq", title="GPTQ", method="gptq", module="pipeline.formats.gptq",
-            marker="qweight", components=("qweight", "qzeros", "scales", "g_idx"), bits=(2, 3, 4, 8),
+            name="gptq", title="GPTQ", methods=("gptq",), module="pipeline.formats.gptq",
+            markers=(".qweight",), components=(".qweight", ".qzeros", ".scales", ".g_idx"), bits=(2, 3, 4, 8),
             dequantize="v1 and v2, any group size, desc_act, symmetric or not", train="after upcast",
             quantize="gptqmodel",
             reload="transformers + optimum + gptqmodel", libraries=("gptqmodel", "optimum"),
         ),
         Format(
-            name="awq", title="AWQ GEMM", method="awq", module="pipeline.formats.awq",
-            marker="qweight", components=("qweight", "qzeros", "scales"), bits=(4,),
+            name="awq", title="AWQ GEMM", methods=("awq",), module="pipeline.formats.awq",
+            markers=(".qweight",), components=(".qweight", ".qzeros", ".scales"), bits=(4,), layouts=("gemm",),
             dequantize="GEMM, any group size", train="after upcast", quantize="gptqmodel",
             reload="transformers + gptqmodel", libraries=("gptqmodel",),
         ),
@@ -113,16 +114,18 @@ def format_of(quantization: Quantization | None) -> Format:
     if quantization is None:
         return DENSE
     bits, method = quantization.bits, quantization.method
-    rows = [row for row in FORMATS.values() if row.method == method]
+    rows = [row for row in FORMATS.values() if method in row.methods]
     if not rows:
-        readable = ", ".join(sorted({row.method for row in FORMATS.values() if row.method}))
+        readable = ", ".join(sorted({method for row in FORMATS.values() for method in row.methods}))
         elsewhere = READ_ELSEWHERE.get(method, "use the library that wrote it")
         raise UnsupportedFormat(f"quant_method {method} cannot be read (those that can: {readable}); {elsewhere}")
-    layout = str(quantization.raw.get("version", "gemm")).lower() if method == "awq" else "gemm"
-    if layout != "gemm":
-        raise UnsupportedFormat(f"awq version {layout} cannot be read, only gemm; repack it with gptqmodel")
+    layout = quantization.layout
+    rows = [row for row in rows if layout in row.layouts or not row.layouts] or rows
+    if rows[0].layouts and layout not in rows[0].layouts:
+        known = ", ".join(name for row in FORMATS.values() if method in row.methods for name in row.layouts)
+        raise UnsupportedFormat(f"{method} in layout {layout} cannot be read, only {known}; repack it with gptqmodel")
     for row in rows:
-        if bits in row.bits:
+        if bits in row.bits or not row.bits:
             return row
     valid = ", ".join(str(b) for row in rows for b in row.bits)
     raise UnsupportedFormat(f"{method} with bits {bits} cannot be read; valid bits are {valid}")

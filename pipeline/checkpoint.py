@@ -38,6 +38,11 @@ class Quantization:
     ignored: tuple[str, ...]
     raw: Mapping[str, Any]
 
+    @property
+    def layout(self) -> str:
+        """What the method's own config calls the way its codes lie, where it says: AWQ's `version`."""
+        return str(self.raw.get("version") or "gemm").lower() if self.method == "awq" else ""
+
     @staticmethod
     def parse(raw: Mapping[str, Any]) -> Quantization:
         """Read a `quantization_config`; raise CheckpointError if it does not say its method and bits."""

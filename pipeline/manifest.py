@@ -166,7 +166,7 @@ def _packed(folder: Path, tensors: Mapping[str, str]) -> dict[str, str]:
     except (OSError, UnsupportedFormat):  # an adapter or a report has no config; an unknown format has no known parts
         return {}
     return {
-        module: digest_value([[part, tensors[f"{module}.{part}"]] for part in parts])
+        module: digest_value([[part.lstrip("._"), tensors[module + part]] for part in parts])
         for module, parts in row.packed_modules(tensors).items()
     }
 

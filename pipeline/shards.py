@@ -37,17 +37,14 @@ class TensorGroup:
     """One module's tensors, wherever their shards are.
 
     `tensors` maps a component (`qweight`, `weight.absmax`, …) to its tensor, loaded when asked for; a dense group has
-    one, named after its own last part (`weight`, `bias`, …). `packed` says whether the group needs dequantizing.
+    one, named after its own last part (`weight`, `bias`, …). `packed` says whether the group needs dequantizing, into
+    the tensor `dense_name`.
     """
 
     module: str
+    dense_name: str
     tensors: Mapping[str, torch.Tensor]
     packed: bool
-
-    @property
-    def dense_name(self) -> str:
-        """The name of the dense tensor that the group becomes."""
-        return f"{self.module}.weight" if self.packed else ".".join(filter(None, (self.module, *self.tensors)))
 
 
 class ShardReader:
@@ -77,17 +74,18 @@ class ShardReader:
     def groups(self, row: Format) -> Iterator[TensorGroup]:
         """Every tensor of the checkpoint exactly once, packed modules together, in file order."""
         packed = row.packed_modules(self._checkpoint.tensors)
-        member = {f"{module}.{part}": module for module, parts in packed.items() for part in parts}
+        member = {module + part: module for module, parts in packed.items() for part in parts}
         done: set[str] = set()
         for name in self._checkpoint.tensors:
             module = member.get(name)
             if module is None:
                 prefix, _, last = name.rpartition(".")
-                yield TensorGroup(module=prefix, tensors=_Lazy(self, {last: name}), packed=False)
+                yield TensorGroup(module=prefix, dense_name=name, tensors=_Lazy(self, {last: name}), packed=False)
             elif module not in done:
                 done.add(module)
-                names = {part: f"{module}.{part}" for part in packed[module]}
-                yield TensorGroup(module=module, tensors=_Lazy(self, names), packed=True)
+                names = {part.lstrip("._"): module + part for part in packed[module]}
+                tensors = _Lazy(self, names)
+                yield TensorGroup(module=module, dense_name=module + row.weight, tensors=tensors, packed=True)
 
 
 class _Lazy(Mapping[str, torch.Tensor]):

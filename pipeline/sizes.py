@@ -64,9 +64,9 @@ def dense_sizes(checkpoint: Checkpoint, row: Format) -> Sizes:
     """The shapes that the checkpoint dequantizes to."""
     shapes: dict[str, tuple[int, ...]] = {}
     packed = row.packed_modules(checkpoint.tensors)
-    parts = {f"{module}.{part}" for module, found in packed.items() for part in found}
+    parts = {module + part for module, found in packed.items() for part in found}
     for module in packed:
-        shapes[f"{module}.weight"] = _dense_shape(checkpoint, row, module)
+        shapes[module + row.weight] = _dense_shape(checkpoint, row, module)
     shapes |= {name: info.shape for name, info in checkpoint.tensors.items() if name not in parts}
     return Sizes(shapes=shapes)
 

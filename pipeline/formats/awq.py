@@ -18,13 +18,12 @@ from torch import Tensor
 
 from pipeline.checkpoint import Quantization
 from pipeline.errors import UnsupportedFormat
-from pipeline.formats.components import FLOATS, WORDS, grid_of, require, require_finite
+from pipeline.formats.components import ALL, FLOATS, WORDS, grid_of, require, require_finite
 from pipeline.shards import TensorGroup
 
 BITS = (4,)
 # Where output c of each eight lies: the inverse of the order above, in bits.
 SHIFTS = tuple(4 * nibble for nibble in (0, 4, 1, 5, 2, 6, 3, 7))
-_CHUNK = 1 << 19  # codes unpacked at a time: 2 MiB of floats
 
 
 def dense_shape(group: TensorGroup, quantization: Quantization) -> tuple[int, ...]:
@@ -43,22 +42,15 @@ def dense_shape(group: TensorGroup, quantization: Quantization) -> tuple[int, ..
     return 8 * words, inputs
 
 
-def dequantize(group: TensorGroup, quantization: Quantization) -> Tensor:
-    """float32 [O, I]: (code - zero) * scale, exact; gptqmodel rounds the same products to the scales' dtype."""
+def dequantize(group: TensorGroup, quantization: Quantization, rows: slice = ALL) -> Tensor:
+    """float32 [R, I]: (code - zero) * scale, exact; gptqmodel rounds the same products to the scales' dtype."""
     outputs, inputs = dense_shape(group, quantization)
-    qweight = group.tensors["qweight"]
-    scales = require_finite(group, "scales", group.tensors["scales"].float()).T.contiguous()
-    zeros = _unpack(group.tensors["qzeros"]).float()
-    out = torch.empty(outputs, inputs, dtype=torch.float32, device=qweight.device)
-    step = max(1, _CHUNK // (8 * inputs))
-    for start in range(0, qweight.shape[1], step):
-        rows = slice(8 * start, 8 * (start + step))
-        part = (
-            out[rows]
-            .copy_(_unpack(qweight[:, start : start + step]))
-            .view(-1, scales.shape[1], inputs // scales.shape[1])
-        )
-        part.sub_(zeros[rows, :, None]).mul_(scales[rows, :, None])
+    first, last, _ = rows.indices(outputs)
+    words = slice(first // 8, last // 8)
+    scales = require_finite(group, "scales", group.tensors["scales"][:, first:last].float()).T.contiguous()
+    zeros = _unpack(group.tensors["qzeros"][:, words]).float()
+    out = _unpack(group.tensors["qweight"][:, words]).float()
+    out.view(last - first, -1, inputs // scales.shape[1]).sub_(zeros[:, :, None]).mul_(scales[:, :, None])
     return out
 
 

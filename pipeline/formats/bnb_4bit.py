@@ -23,13 +23,12 @@ from torch import Tensor
 
 from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, MissingTensor, UnsupportedFormat
-from pipeline.formats.components import FLOATS, require, require_finite
+from pipeline.formats.components import ALL, FLOATS, require, require_finite
 from pipeline.formats.words import look_up
 from pipeline.shards import TensorGroup
 
 STATE = "weight.quant_state.bitsandbytes__"
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that bitsandbytes has kernels for
-_CHUNK = 1 << 18  # bytes unpacked at a time: 2 MiB of floats; a multiple of every block size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,22 +51,26 @@ def dense_shape(group: TensorGroup, quantization: Quantization) -> tuple[int, ..
     return state.shape
 
 
-def dequantize(group: TensorGroup, quantization: Quantization) -> Tensor:
-    """float32 [O, I]: quant_map[code] * absmax of its block, in float32 as bitsandbytes computes it."""
+def dequantize(group: TensorGroup, quantization: Quantization, rows: slice = ALL) -> Tensor:
+    """float32 [R, I]: quant_map[code] * absmax of its block, in float32 as bitsandbytes computes it."""
     shape = dense_shape(group, quantization)
     state, packed = _state(group), _packed(group)
-    scales = _scales(group, state, -(-math.prod(shape) // state.blocksize))
+    width = math.prod(shape[1:])
+    first, last = (width * row for row in rows.indices(shape[0])[:2])
+    before = first % state.blocksize  # weights of the first block that belong to the row above
+    scales = _scales(
+        group, state, math.prod(shape), slice((first - before) // state.blocksize, -(-last // state.blocksize))
+    )
     codes = require_finite(
         group, "weight.quant_map", require(group, "weight.quant_map", dtypes=FLOATS, shape=(16,)).float()
     )
     every = torch.arange(256, device=codes.device)
     pairs = torch.stack((codes[every >> 4], codes[every & 15]), dim=1)
+    packed = packed[(first - before) // 2 : -(-last // 2)]
     out = torch.empty(2 * packed.numel(), dtype=torch.float32, device=packed.device)
-    for start in range(0, packed.numel(), _CHUNK):
-        part = out[2 * start : 2 * (start + _CHUNK)]
-        look_up(pairs, packed[start : start + _CHUNK], part)
-        _scale(part, scales[2 * start // state.blocksize :], state.blocksize)
-    return out[: math.prod(shape)].view(shape)
+    look_up(pairs, packed, out)
+    _scale(out, scales, state.blocksize)
+    return out[before : before + last - first].view(-1, *shape[1:])
 
 
 def _scale(values: Tensor, scales: Tensor, blocksize: int) -> None:
@@ -78,16 +81,17 @@ def _scale(values: Tensor, scales: Tensor, blocksize: int) -> None:
         values[blocks * blocksize :].mul_(scales[blocks])
 
 
-def _scales(group: TensorGroup, state: _State, blocks: int) -> Tensor:
-    name = "weight.absmax"
+def _scales(group: TensorGroup, state: _State, weights: int, which: slice) -> Tensor:
+    """The scales of the blocks `which`, of all that `weights` weights have."""
+    name, blocks = "weight.absmax", -(-weights // state.blocksize)
     if "weight.nested_absmax" not in group.tensors:
-        return require_finite(group, name, require(group, name, dtypes=FLOATS, shape=(blocks,)).float())
-    codes = require(group, name, dtypes=(torch.uint8,), shape=(blocks,))
+        return require_finite(group, name, require(group, name, dtypes=FLOATS, shape=(blocks,))[which].float())
+    codes = require(group, name, dtypes=(torch.uint8,), shape=(blocks,))[which]
     size = state.nested_blocksize
     nested = require(group, "weight.nested_absmax", dtypes=FLOATS, shape=(-(-blocks // size),)).float()
     table = require(group, "weight.nested_quant_map", dtypes=FLOATS, shape=(256,)).float()
-    scales = table[codes.int()] * nested.repeat_interleave(size)[:blocks] + state.nested_offset
-    return require_finite(group, name, scales)
+    outer = torch.arange(which.start, which.stop, device=codes.device) // size
+    return require_finite(group, name, table[codes.int()] * nested[outer] + state.nested_offset)
 
 
 def _packed(group: TensorGroup) -> Tensor:

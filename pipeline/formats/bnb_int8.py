@@ -13,10 +13,8 @@ from torch import Tensor
 
 from pipeline.checkpoint import Quantization
 from pipeline.errors import UnsupportedFormat
-from pipeline.formats.components import FLOATS, require, require_finite
+from pipeline.formats.components import ALL, FLOATS, require, require_finite
 from pipeline.shards import TensorGroup
-
-_CHUNK = 1 << 19  # codes converted at a time: 2 MiB of floats
 
 
 def dense_shape(group: TensorGroup, quantization: Quantization) -> tuple[int, ...]:  # noqa: ARG001 - the protocol's
@@ -31,14 +29,9 @@ def dense_shape(group: TensorGroup, quantization: Quantization) -> tuple[int, ..
     return tuple(require(group, "weight", dtypes=(torch.int8,), shape=(-1, -1)).shape)
 
 
-def dequantize(group: TensorGroup, quantization: Quantization) -> Tensor:
-    """float32 [O, I]: code * SCB of its row * (1 / 127), rounded in this order as bitsandbytes does."""
+def dequantize(group: TensorGroup, quantization: Quantization, rows: slice = ALL) -> Tensor:
+    """float32 [R, I]: code * SCB of its row * (1 / 127), rounded in this order as bitsandbytes does."""
     shape = dense_shape(group, quantization)
-    scales = require(group, "SCB", dtypes=FLOATS, shape=shape[:1]).float()
+    scales = require(group, "SCB", dtypes=FLOATS, shape=shape[:1])[rows].float()
     require_finite(group, "SCB", scales)
-    codes = group.tensors["weight"]
-    out = torch.empty(shape, dtype=torch.float32, device=codes.device)
-    step = max(1, _CHUNK // shape[1])
-    for rows in (slice(start, start + step) for start in range(0, shape[0], step)):
-        out[rows].copy_(codes[rows]).mul_(scales[rows, None]).mul_(1 / 127)
-    return out
+    return group.tensors["weight"][rows].float().mul_(scales[:, None]).mul_(1 / 127)

@@ -13,6 +13,7 @@ from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, MissingTensor, NonFinite, UnsupportedFormat
 from pipeline.shards import TensorGroup
 
+ALL = slice(None)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WORDS = (torch.int32,)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pipeline.checkpoint import Quantization
+from pipeline.formats.components import ALL
 from pipeline.shards import TensorGroup
 
 
@@ -13,9 +14,10 @@ def dense_shape(group: TensorGroup, quantization: Quantization | None = None) ->
     return tuple(_only(group).shape)
 
 
-def dequantize(group: TensorGroup, quantization: Quantization | None = None) -> Tensor:  # noqa: ARG001 - the protocol's
+def dequantize(group: TensorGroup, quantization: Quantization | None = None, rows: slice = ALL) -> Tensor:  # noqa: ARG001 - the protocol's
     """The tensor as it is stored, dtype included: dense tensors may be integers (a buffer), and need no second copy."""
-    return _only(group)
+    tensor = _only(group)
+    return tensor if rows == ALL else tensor[rows]
 
 
 def _only(group: TensorGroup) -> Tensor:

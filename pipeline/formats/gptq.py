@@ -21,12 +21,11 @@ from torch import Tensor
 
 from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, MissingTensor, UnsupportedFormat
-from pipeline.formats.components import FLOATS, WORDS, Grid, grid_of, require, require_finite
+from pipeline.formats.components import ALL, FLOATS, WORDS, Grid, grid_of, require, require_finite
 from pipeline.formats.words import WORD, unpack, unpack_floats
 from pipeline.shards import TensorGroup
 
 BITS = (2, 3, 4, 8)
-_CHUNK = 1 << 19  # codes unpacked at a time: 2 MiB of floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,27 +42,26 @@ def dense_shape(group: TensorGroup, quantization: Quantization) -> tuple[int, ..
     return layout.outputs, layout.inputs
 
 
-def dequantize(group: TensorGroup, quantization: Quantization) -> Tensor:
-    """float32 [O, I]: (code - zero) * scale, exact; gptqmodel rounds the same products to the scales' dtype."""
+def dequantize(group: TensorGroup, quantization: Quantization, rows: slice = ALL) -> Tensor:
+    """float32 [R, I]: (code - zero) * scale, exact; gptqmodel rounds the same products to the scales' dtype."""
     layout = _layout(group, quantization)
-    qweight, inputs = group.tensors["qweight"], layout.inputs
-    scales = require_finite(group, "scales", group.tensors["scales"].float()).T.contiguous()
-    zeros = _zeros(group.tensors["qzeros"], layout, first=_checkpoint_format(quantization) == "gptq")
+    inputs, bits = layout.inputs, layout.grid.bits
+    first, last, _ = rows.indices(layout.outputs)
+    scales = require_finite(group, "scales", group.tensors["scales"][:, first:last].float()).T.contiguous()
+    words = slice(_words(first, bits), _words(last, bits))
+    v1 = _checkpoint_format(quantization) == "gptq"
+    zeros = _zeros(group.tensors["qzeros"][:, words], bits, first=v1)[: last - first]
     order = _order(group, layout)
-    out = torch.empty(layout.outputs, inputs, dtype=torch.float32, device=qweight.device)
-    step = max(1, _CHUNK // inputs)
-    for rows in (slice(start, start + step) for start in range(0, layout.outputs, step)):
-        part, words = out[rows], qweight[:, rows].T.contiguous()
-        if inputs * layout.grid.bits % WORD:
-            part.copy_(unpack(words, layout.grid.bits)[:, :inputs])
-        else:
-            unpack_floats(words, layout.grid.bits, part)
-        if order is None:
-            part = part.view(-1, layout.groups, inputs // layout.groups)
-            part.sub_(zeros[rows, :, None]).mul_(scales[rows, :, None])
-        else:
-            part.sub_(zeros[rows, order]).mul_(scales[rows, order])
-    return out
+    qweight = group.tensors["qweight"][:, first:last].T.contiguous()
+    if inputs * bits % WORD:
+        out = unpack(qweight, bits)[:, :inputs].float()
+    else:
+        out = torch.empty(last - first, inputs, dtype=torch.float32, device=qweight.device)
+        unpack_floats(qweight, bits, out)
+    if order is None:
+        out.view(-1, layout.groups, inputs // layout.groups).sub_(zeros[:, :, None]).mul_(scales[:, :, None])
+        return out
+    return out.sub_(zeros[:, order]).mul_(scales[:, order])
 
 
 def _layout(group: TensorGroup, quantization: Quantization) -> _Layout:
@@ -94,15 +92,14 @@ def _layout(group: TensorGroup, quantization: Quantization) -> _Layout:
     return _Layout(grid=grid, inputs=inputs, outputs=outputs, groups=groups)
 
 
-def _zeros(qzeros: Tensor, layout: _Layout, *, first: bool) -> Tensor:
-    """The zero points as float32 [O, G]; `first` says that they are v1's."""
-    bits = layout.grid.bits
+def _zeros(qzeros: Tensor, bits: int, *, first: bool) -> Tensor:
+    """The zero points as float32 [O or a few more, G]; `first` says that they are v1's."""
     if first and WORD % bits == 0:
         # v1's writers subtract one from every field of a word at once: a zero point of 0 borrows from its neighbour.
         # Adding word-wide gives the borrow back; adding field by field would leave the neighbour one short.
         ones = sum(1 << shift for shift in range(0, WORD, bits))
         qzeros = (qzeros.long() + ones).to(torch.int32)
-    zeros = unpack(qzeros, bits)[:, : layout.outputs]
+    zeros = unpack(qzeros, bits)
     if first and WORD % bits:
         zeros = (zeros + 1) & ((1 << bits) - 1)  # 3 bits are subtracted field by field, since fields straddle words
     return zeros.float().T.contiguous()

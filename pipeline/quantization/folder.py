@@ -112,10 +112,10 @@ def _sources(
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in packed:
             for part in packed[module]:
-                component = made.tensors[f"{module}.{part}"]
+                component = made.tensors[module + part]
                 # gptqmodel keeps AWQ's scales in the model's dtype, the layout says float16.
-                dtype = "F16" if part == "scales" else component.dtype
-                yield f"{module}.{part}", (True, dtype, component.shape)
+                dtype = "F16" if part == ".scales" else component.dtype
+                yield module + part, (True, dtype, component.shape)
         else:
             scaled_by_library = scaled and name in made.tensors
             if scaled_by_library and made.tensors[name].shape != info.shape:
@@ -148,7 +148,7 @@ def _written(parent: Checkpoint, made: Checkpoint, row: Format) -> Written:
                 if name.endswith(".weight") and len(info.shape) > 1]  # fmt: skip
     weights = sum(math.prod(parent.tensors[f"{module}.weight"].shape) for module in parts)
     nbytes = sum(
-        made.tensors[f"{module}.{part}"].end - made.tensors[f"{module}.{part}"].start
+        made.tensors[module + part].end - made.tensors[module + part].start
         for module, found in parts.items()
         for part in found
     )

@@ -13,7 +13,7 @@ from pipeline.shards import TensorGroup
 
 
 def packed(tensors: Mapping[str, Tensor], module: str = "layer") -> TensorGroup:
-    return TensorGroup(module=module, tensors=dict(tensors), packed=True)
+    return TensorGroup(module=module, dense_name=f"{module}.weight", tensors=dict(tensors), packed=True)
 
 
 def quantized(method: str, **raw: Any) -> Quantization:

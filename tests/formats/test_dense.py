@@ -18,7 +18,6 @@ def test_every_row_of_the_catalog_has_a_reader(row):
 
 def test_a_dense_tensor_is_not_copied():
     tensor = torch.arange(6).reshape(2, 3)
-    group = TensorGroup(module="norm", tensors={"steps": tensor}, packed=False)
+    group = TensorGroup(module="norm", dense_name="norm.steps", tensors={"steps": tensor}, packed=False)
     assert dense.dequantize(group) is tensor
     assert dense.dense_shape(group) == (2, 3)
-    assert group.dense_name == "norm.steps"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.execute import run_step
 from pipeline.plan import make_plan
 from pipeline.recipe import parse_recipe
-from pipeline.shards import ShardReader, TensorGroup
+from pipeline.shards import ShardReader
 from tests.checkpoints import tiny_llama
 
 pytestmark = [
@@ -69,7 +70,7 @@ def test_dequantizing_on_the_device_gives_the_weights_of_the_cpu(root):
         with ShardReader(checkpoint) as reader:
             group = next(group for group in reader.groups(FORMATS[row]) if group.packed)
             moved = {part: tensor.cuda() for part, tensor in group.tensors.items()}
-            there = TensorGroup(module=group.module, tensors=moved, packed=True)
+            there = replace(group, tensors=moved)
             read = formats.load(FORMATS[row]).dequantize
             here, on_device = read(group, checkpoint.quantization), read(there, checkpoint.quantization)
         assert on_device.is_cuda

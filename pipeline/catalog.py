@@ -67,7 +67,8 @@ FORMATS: dict[str, Format] = {
     for row in (
         DENSE,
         Format(
-            name="bnb-4bit", title="bitsandbytes NF4, FP4", methods=("bitsandbytes",), module="pipeline.formats.bnb_4bit",
+            name="bnb-4bit", title="bitsandbytes NF4, FP4", methods=("bitsandbytes",),
+            module="pipeline.formats.bnb_4bit",
             markers=(".weight.absmax",), components=(".weight", ".weight.*"), bits=(4,),
             dequantize="NF4, FP4, with and without double quantization", train="after upcast",
             quantize="transformers + bitsandbytes",

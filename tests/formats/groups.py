@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint import Quantization
+from pipeline.formats import Reader
 from pipeline.shards import TensorGroup
 
 
@@ -31,3 +32,10 @@ def words(codes: Sequence[int], bits: int) -> list[int]:
 def pack_last(codes: Tensor, bits: int) -> Tensor:
     """Codes [R, C] → int32 [R, ceil(C * bits / 32)]."""
     return torch.tensor([words(row, bits) for row in codes.tolist()], dtype=torch.int32)
+
+
+def by_rows(reader: Reader, group: TensorGroup, quantization: Quantization, *, step: int) -> Tensor:
+    """The whole weight, asked for `step` rows at a time."""
+    count = reader.dense_shape(group, quantization)[0]
+    parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    return torch.cat([reader.dequantize(group, quantization, rows) for rows in parts])

@@ -1,17 +1,9 @@
-"""Tensor groups in, shards out.
-
-Reading is lazy: a tensor is mapped when it is asked for. Writing is preallocated: the shapes are known before the
-first byte, so every tensor goes straight to its place and memory is bounded by the largest one.
-"""
+"""Tensor groups out of shards. Reading is lazy: a tensor is mapped when it is asked for."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,9 +11,7 @@ import torch
 from safetensors import safe_open
 
 from pipeline.catalog import Format
-from pipeline.checkpoint import INDEX, SINGLE, Checkpoint, inside
-from pipeline.errors import NoSpace
-from pipeline.headers import ITEM_BITS, pack_header
+from pipeline.checkpoint import Checkpoint, inside
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -29,7 +19,6 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_SHARD_BYTES = 5 * 10**9  # the hub's own default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,99 +91,3 @@ class _Lazy(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-class ShardWriter:
-    """Writes tensors of known shapes into one file, or several with an index; a context manager.
-
-    Leaving the block without an error checks that every tensor was written once, syncs, and writes the index.
-    """
-
-    def __init__(
-        self, folder: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]], *, max_shard_bytes: int = MAX_SHARD_BYTES
-    ) -> None:
-        self._folder = folder
-        self._shapes = shapes
-        self._pending = set(shapes)
-        self._places: dict[str, tuple[int, int]] = {}
-        self._files: list[int] = []
-        shards = _split(shapes, max_shard_bytes)
-        self._names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
-        self.weight_map = {name: self._names[i] for i, shard in enumerate(shards) for name in shard}
-        self._shards = shards
-
-    def __enter__(self) -> Self:
-        try:
-            for name, shard in zip(self._names, self._shards, strict=True):
-                self._create(name, shard)
-        except OSError as error:
-            for file in self._files:
-                os.close(file)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            total = sum(_nbytes(*shape) for shape in self._shapes.values())
-            raise NoSpace(
-                f"{self._folder}: cannot hold the {total / 1e9:.2f} GB that are to be written; free space or choose "
-                "another store"
-            ) from error
-        return self
-
-    def _create(self, name: str, shard: list[str]) -> None:
-        header, positions = pack_header({tensor: self._shapes[tensor] for tensor in shard})
-        file = os.open(self._folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        self._files.append(file)
-        # A full disk says so here, not halfway.
-        os.posix_fallocate(file, 0, len(header) + sum(_nbytes(*self._shapes[tensor]) for tensor in shard))
-        _write_all(file, memoryview(header), 0)
-        self._places |= {tensor: (file, position) for tensor, position in positions.items()}
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put `tensor` in its place; its dtype and shape must be those announced."""
-        dtype, shape = self._shapes[name]
-        assert name in self._pending, f"{name} is written twice"
-        assert (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) == (dtype, tuple(shape)), f"{name}: {tensor.shape}"
-        file, position = self._places[name]
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        _write_all(file, raw.numpy().data, position)
-        self._pending.discard(name)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in self._files:
-            if kind is None:
-                os.fsync(file)
-            os.close(file)
-        if kind is None:
-            assert not self._pending, f"never written: {sorted(self._pending)[:3]}"
-            if len(self._names) > 1:
-                total = sum(_nbytes(*shape) for shape in self._shapes.values())
-                index = {"metadata": {"total_size": total}, "weight_map": self.weight_map}
-                (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _split(shapes: Mapping[str, tuple[str, tuple[int, ...]]], limit: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, shape in shapes.items():
-        nbytes = _nbytes(*shape)
-        if shards[-1] and size + nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += nbytes
-    return shards
-
-
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel()) * ITEM_BITS[dtype] // 8
-
-
-def _shard_name(i: int, count: int) -> str:
-    return f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-
-
-def _write_all(file: int, data: memoryview, position: int) -> None:
-    while data:
-        written = os.pwrite(file, data, position)
-        data, position = data[written:], position + written

@@ -1,95 +1,178 @@
-"""What an architecture keeps: the tensors that its checkpoints hold, known from config.json without a weight."""
+"""What an architecture expects of a checkpoint, known from config.json without a weight.
+
+The model is built on the meta device, and transformers' own loader tells where each tensor of a checkpoint goes: under
+another name, with or without the base model's prefix, or fused with others (the experts of a layer). Nothing is guessed
+from names, and what the loader would report as missing, unexpected or mismatched is known before anything is written.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, InputError, MissingTensor
+
+# Config keys whose value is a number of modules: transformers makes as many objects, however large the number is.
+_COUNTS = re.compile(r"(^|_)(n|num)_.*(layer|expert|block|depth|stage)s?$|^n_?layers?$|^depth$|layers?$")
+_MOST_MODULES = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Skeleton:
-    """The tensors of an architecture, under the names that its checkpoints use.
+class Place:
+    """Where a checkpoint's tensor goes in the model, and the dtype it is loaded in.
 
-    `tensors` maps each to the dtype and shape that transformers loads it in: some stay float32 whatever the model's
-    dtype. `tied` maps a tensor to the one that it shares its values with. `optional` may be absent, `ignored` may be
-    present: patterns that the architecture itself names. `transposed` modules keep their weight [I, O] (Conv1D, as in
-    GPT-2), while packed formats keep [O, I].
+    Some tensors stay float32 whatever the model's dtype. `transposed` says that the module keeps its weight [I, O]
+    (Conv1D, as in GPT-2), while packed formats keep [O, I].
     """
 
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-    tied: Mapping[str, str]
-    optional: tuple[str, ...]
-    ignored: tuple[str, ...]
-    transposed: frozenset[str]
+    parameter: str
+    dtype: torch.dtype
+    transposed: bool
 
-    def may_lack(self, name: str, present: set[str]) -> bool:
-        """Whether `name` may be absent where the dense names `present` are there."""
-        original = self.tied.get(name, name)
-        family = {original, *(alias for alias, other in self.tied.items() if other == original)}
-        return bool((family - {name}) & present) or any(re.search(pattern, name) for pattern in self.optional)
+
+class Skeleton:
+    """A model without weights, and what transformers' loader makes of a checkpoint's names and shapes."""
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from transformers.pytorch_utils import Conv1D
+
+        self.model = model
+        self._dtype = dtype
+        self._state: dict[str, torch.Tensor] = dict(model.state_dict())
+        self._mapping = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        self._transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+        # transformers' own plan of what stays float32 (`_keep_in_fp32_modules`); none of it is public.
+        self._plan = model._get_dtype_plan(dtype)  # noqa: SLF001
+        self._wide = _any_of(pattern.replace("*", ".*") for pattern in self._plan)
+        names = {name for name, _ in model.named_buffers()}
+        ignored = [*(model._keys_to_ignore_on_load_unexpected or ())]  # noqa: SLF001
+        # Buffers that older checkpoints hold and newer architectures compute (modeling_utils, `_adjust_missing_...`).
+        ignored += [r"rotary_emb\.inv_freq"] if any(name.endswith("rotary_emb.inv_freq") for name in names) else []
+        ignored += [r"(^|\.)position_ids$"] if any(name.endswith("position_ids") for name in names) else []
+        self._ignored = _any_of(ignored)
+        self._optional = _any_of(model._keys_to_ignore_on_load_missing or ())  # noqa: SLF001
+
+    @property
+    def parameters(self) -> Mapping[str, torch.Tensor]:
+        """The model's own tensors, on the meta device."""
+        return self._state
+
+    def place(self, name: str) -> Place | None:
+        """Where the dense tensor `name` goes, or None where the model has no place for it."""
+        from transformers.core_model_loading import rename_source_key
+
+        prefix = self.model.base_model_prefix
+        parameter, _ = rename_source_key(name, self._renamings, self._converters, prefix, self._state)
+        if parameter not in self._state and name in self._state:
+            parameter, _ = rename_source_key(name, [], [], prefix, self._state)
+        if parameter not in self._state:
+            return None
+        dtype = self._state[parameter].dtype
+        if dtype.is_floating_point and self._wide(parameter):
+            dtype = torch.float32
+        return Place(parameter=parameter, dtype=dtype, transposed=parameter.rpartition(".")[0] in self._transposed)
 
     def ignores(self, name: str) -> bool:
         """Whether the architecture itself says that a tensor of this name is of no use to it."""
-        return any(re.search(pattern, name) for pattern in self.ignored)
+        return self._ignored(name)
+
+    def problems(self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Iterator[InputError]:
+        """What `from_pretrained` would report of a dense checkpoint with tensors of these dtypes and shapes.
+
+        Each is an error that names one tensor. The loader itself is run, on tensors that hold no memory; after it the
+        skeleton is of no more use.
+        """
+        found = self._load(
+            {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in shapes.items()}
+        )
+        for name, has, expected in sorted(found.mismatched_keys, key=str):
+            yield CheckpointError(
+                f"{name}: has shape {list(has)}, but config.json describes {list(expected)}; the two do not belong "
+                "together"
+            )
+        for name, reason in sorted(found.conversion_errors.items()):
+            said = " ".join(str(reason).split())[:200]
+            yield CheckpointError(f"{name}: its parts do not fit together as config.json describes them ({said})")
+        lacking = set(found.missing_keys)
+        for name in (name for name in self._state if name in lacking):
+            if not self._optional(name) and not any(alias not in lacking for alias in self._family(name)):
+                yield MissingTensor(f"{name}: is in no shard; the checkpoint is incomplete, download it again")
+
+    def _load(self, state: Mapping[str, torch.Tensor]) -> Any:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        given = LoadStateDictConfig(
+            device_map={"": "meta"}, dtype=self._dtype, dtype_plan=self._plan, weight_mapping=self._mapping
+        )
+        found, _ = convert_and_load_state_dict_in_model(self.model, dict(state), given)
+        return found
+
+    def _family(self, name: str) -> set[str]:
+        """The tensors that share their values with `name`: one of them stored is enough."""
+        tied: Mapping[str, str] = self.model.all_tied_weights_keys
+        original = tied.get(name, name)
+        return {original, *(alias for alias, other in tied.items() if other == original)} - {name}
 
 
 def skeleton_of(checkpoint: Checkpoint, *, dtype: torch.dtype, trust_remote_code: bool) -> Skeleton:
-    """The tensors that a dense checkpoint of this config holds in `dtype`; raise CheckpointError for an unknown config.
-
-    The model is built on the meta device, and its names are turned back into those that checkpoints use (a fused expert
-    becomes one tensor for each) by transformers' own rules for saving.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-    from transformers.pytorch_utils import Conv1D
-
-    model = _build(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
-    # transformers' own plan of what stays float32 (`_keep_in_fp32_modules`); None of it is public.
-    plan = model._get_dtype_plan(dtype)  # noqa: SLF001
-    wide = re.compile("|".join(f"(?:{pattern.replace('*', '.*')})" for pattern in plan)) if plan else None
-    state = {
-        name: tensor.to(torch.float32) if wide and tensor.is_floating_point() and wide.search(name) else tensor
-        for name, tensor in model.state_dict().items()
-    }
-    names = {name for name, _ in model.named_buffers()}
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ())]  # noqa: SLF001
-    # Buffers that older checkpoints hold and newer architectures compute (modeling_utils `_adjust_missing_and_...`).
-    ignored += [r"rotary_emb\.inv_freq"] if any(name.endswith("rotary_emb.inv_freq") for name in names) else []
-    ignored += [r"(^|\.)position_ids$"] if any(name.endswith("position_ids") for name in names) else []
-    saved = revert_weight_conversion(model, state)
-    return Skeleton(
-        tensors={name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in saved.items()},
-        tied=dict(model.all_tied_weights_keys),
-        optional=tuple(model._keys_to_ignore_on_load_missing or ()),  # noqa: SLF001
-        ignored=tuple(ignored),
-        transposed=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
-    )
-
-
-def _build(checkpoint: Checkpoint, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The model without weights: the class that config.json names, or else a causal language model."""
+    """The skeleton of a checkpoint's architecture in `dtype`; raise CheckpointError for an unknown config."""
     import transformers
 
+    _check_counts(checkpoint)
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            names = checkpoint.config.get("architectures") or [""]
-            named: Any = getattr(transformers, str(names[0]), None)
-            known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
-            if known:
-                return named._from_config(config, dtype=dtype)  # noqa: SLF001 - what AutoModel.from_config calls
-            return transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
+            return Skeleton(_build(checkpoint, config, dtype=dtype, trust_remote_code=trust_remote_code), dtype)
     except Exception as error:  # a config from outside can make an architecture raise anything
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{checkpoint.path}/config.json: transformers cannot build model_type {checkpoint.model_type!r} from it "
             f"({reason}); a newer transformers may, or trust_remote_code if the model brings its own code"
         ) from error
+
+
+def _build(checkpoint: Checkpoint, config: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The model without weights: the class that config.json names, or else a causal language model."""
+    import transformers
+
+    names = checkpoint.config.get("architectures") or [""]
+    named: Any = getattr(transformers, str(names[0]), None)
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        make: Any = named._from_config  # type: ignore[attr-defined]  # noqa: SLF001 - what AutoModel.from_config calls
+        return make(config, dtype=dtype)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _check_counts(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a config that would have transformers build modules for hours."""
+
+    def look(values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                look(value)
+            elif isinstance(value, int) and value > _MOST_MODULES and _COUNTS.search(key):
+                raise CheckpointError(
+                    f"{checkpoint.path}/config.json: {key} is {value}, which no checkpoint of "
+                    f"{len(checkpoint.tensors)} tensors can be; download config.json again"
+                )
+
+    look(checkpoint.config)
+
+
+def _any_of(patterns: Any) -> Callable[[str], bool]:
+    """Whether one of an architecture's own patterns is found in a name."""
+    joined = "|".join(f"(?:{pattern})" for pattern in patterns)
+    compiled = re.compile(joined) if joined else None
+    return lambda name: bool(compiled and compiled.search(name))

@@ -21,7 +21,8 @@ from pipeline.catalog import Format, format_to
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import NonFinite, ReloadMismatch
 from pipeline.formats.components import all_finite
-from pipeline.shards import DTYPES, ShardReader, ShardWriter
+from pipeline.shard_writer import ShardWriter
+from pipeline.shards import DTYPES, ShardReader
 from pipeline.targets import Target
 
 

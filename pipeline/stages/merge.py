@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from pipeline import progress
 from pipeline.checkpoint import Checkpoint
-from pipeline.shards import DTYPES, ShardReader, ShardWriter
+from pipeline.shard_writer import ShardWriter
+from pipeline.shards import DTYPES, ShardReader
 from pipeline.stages import Job, Output
 from pipeline.stages.train import copy_beside_weights, fresh
 from pipeline.training.lora import merged

@@ -10,7 +10,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import UnsupportedFormat
-from pipeline.shards import DTYPES, ShardReader, ShardWriter
+from pipeline.shard_writer import ShardWriter
+from pipeline.shards import DTYPES, ShardReader
 from pipeline.training.model import tied_names
 
 

@@ -1,0 +1,109 @@
+"""What a checkpoint becomes: each dense tensor and the group it is made from, checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pipeline import formats
+from pipeline.catalog import Format
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import CheckpointError, InputError, UnexpectedTensor
+from pipeline.formats import dense
+from pipeline.formats.components import FLOATS
+from pipeline.shards import DTYPE_NAMES, ShardReader, TensorGroup
+from pipeline.skeleton import Place, Skeleton
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A tensor of the dense checkpoint, and the group that it is made from.
+
+    `finish`, where there is one, turns the whole weight that the format dequantizes to into the tensor.
+    """
+
+    name: str
+    group: TensorGroup
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    finish: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The pieces in the order in which they are written; `dropped` maps a stored tensor to why it is left out.
+
+    `problems` is what keeps the checkpoint from becoming dense: empty for one that can be written.
+    """
+
+    pieces: tuple[Piece, ...]
+    dropped: Mapping[str, str]
+    problems: tuple[InputError, ...]
+
+    @property
+    def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Tensor → safetensors dtype and shape, as a ShardWriter takes them."""
+        return {piece.name: (DTYPE_NAMES[piece.dtype], piece.shape) for piece in self.pieces}
+
+
+def lay_out(reader: ShardReader, row: Format, checkpoint: Checkpoint, skeleton: Skeleton) -> Layout:
+    """Place every tensor of the checkpoint exactly once; transformers' own loader says what is missing or wrong."""
+    pieces: dict[str, Piece] = {}
+    dropped: dict[str, str] = {}
+    problems: list[InputError] = []
+    for group in reader.groups(row):
+        name = group.dense_name
+        place = skeleton.place(name)
+        try:
+            if name in pieces:
+                raise UnexpectedTensor(f"{name}: is stored both dense and as {row.title}; remove one of them")
+            if place is not None:
+                pieces[name] = _piece(group, place, row, checkpoint)
+            elif reason := _reason_to_drop(group, row, skeleton):
+                dropped[name] = reason
+            else:
+                raise UnexpectedTensor(
+                    f"{name}: {checkpoint.model_type or 'the architecture'} has no place for it; config.json does not "
+                    "describe these weights"
+                )
+        except InputError as error:
+            problems.append(error)
+    # A module that is malformed would be reported as missing too.
+    problems = problems or list(_load(skeleton, pieces))
+    return Layout(pieces=tuple(pieces.values()), dropped=dropped, problems=tuple(problems))
+
+
+def _load(skeleton: Skeleton, pieces: Mapping[str, Piece]) -> Iterator[InputError]:
+    return skeleton.problems({name: (piece.dtype, piece.shape) for name, piece in pieces.items()})
+
+
+def _piece(group: TensorGroup, place: Place, row: Format, checkpoint: Checkpoint) -> Piece:
+    if group.packed:
+        assert checkpoint.quantization is not None
+        shape = formats.load(row).dense_shape(group, checkpoint.quantization)
+        piece = Piece(name=group.dense_name, group=group, dtype=place.dtype, shape=shape)
+        return replace(piece, shape=shape[::-1], finish=torch.t) if place.transposed else piece
+    stored = dense.dequantize(group).dtype
+    if stored != place.dtype and not (stored in (*FLOATS, torch.float64) and place.dtype.is_floating_point):
+        raise CheckpointError(
+            f"{group.dense_name}: is {DTYPE_NAMES[stored]} and not packed in any way that {row.title} knows, "
+            f"expected {DTYPE_NAMES[place.dtype]}; fix quantization_config in config.json"
+        )
+    return Piece(name=group.dense_name, group=group, dtype=place.dtype, shape=dense.dense_shape(group))
+
+
+def _reason_to_drop(group: TensorGroup, row: Format, skeleton: Skeleton) -> str:
+    """Why a tensor that the architecture has no place for may go, or nothing."""
+    if group.packed:
+        return ""
+    if skeleton.ignores(group.dense_name):
+        return "the architecture ignores it"
+    if group.dense_name.endswith(row.leftovers):
+        return "belongs to quantized activations, which a dense model has none of"
+    # Older GPTQ tools give every packed module a bias of zeros.
+    if group.dense_name.endswith(".bias") and not dense.dequantize(group).any():
+        return "a bias of zeros that the architecture does not have"
+    return ""

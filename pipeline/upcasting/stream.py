@@ -1,0 +1,124 @@
+"""Packed tensors through the cores and out to their places, a block of rows at a time.
+
+Every core takes the next block, dequantizes it on a thread of its own and writes it, so that one reads while another
+computes and the disk takes what a third has handed over. Memory is bounded by the blocks, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline import formats
+from pipeline.catalog import DENSE, Format
+from pipeline.checkpoint import Quantization
+from pipeline.errors import NonFinite
+from pipeline.formats import ROW_STEP
+from pipeline.formats.components import ALL
+from pipeline.shard_writer import ShardWriter
+from pipeline.shards import DTYPE_NAMES
+from pipeline.upcasting.layout import Piece
+
+BLOCK = 1 << 20  # weights computed at a time: 4 MiB of floats, which the cores' caches hold
+_AHEAD = 8  # blocks for each core that wait their turn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Block:
+    """Rows of a piece; ALL for one that is finished as a whole."""
+
+    piece: Piece
+    rows: slice
+
+
+def write(
+    pieces: Sequence[Piece], writer: ShardWriter, row: Format, quantization: Quantization | None, *, threads: int = 0
+) -> Iterator[str]:
+    """Write every piece that `writer` lacks; yield the name of each tensor as it is completed.
+
+    `threads` 0 takes one a core. Raises NonFinite where a value is NaN, infinite or too large for its dtype; what the
+    format's reader raises comes through, and nothing is written after it.
+    """
+    wanted = [piece for piece in pieces if piece.name not in writer.finished]
+    one_at_a_time = threading.Lock()
+
+    def work(block: _Block) -> str | None:
+        if block.piece.finish is None:
+            tensor = compute(block.piece, row, quantization, block.rows)
+        else:
+            with one_at_a_time:  # whole weights are large: two would double the memory
+                tensor = compute(block.piece, row, quantization, ALL)
+        complete = writer.write(block.piece.name, tensor, first=block.rows.start or 0)
+        return block.piece.name if complete else None
+
+    yield from _in_threads(work, _blocks(wanted), threads or cores())
+
+
+def compute(piece: Piece, row: Format, quantization: Quantization | None, rows: slice) -> Tensor:
+    """`rows` of a piece in its dtype; raise NonFinite where a value of them is not finite in it."""
+    reader = formats.load(row if piece.group.packed else DENSE)
+    # A dense tensor is read without asking how the packed ones are quantized.
+    wide = reader.dequantize(piece.group, quantization, rows)  # type: ignore[arg-type]
+    if piece.finish is not None:
+        wide = piece.finish(wide)
+    if wide.is_floating_point() and wide.numel():
+        _check_finite(piece, wide)
+    return wide.to(piece.dtype)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _check_finite(piece: Piece, wide: Tensor) -> None:
+    low, high = torch.aminmax(wide)  # both propagate NaN
+    largest = max(-float(low), float(high))
+    if largest <= torch.finfo(piece.dtype).max:
+        return
+    if largest < float("inf"):
+        raise NonFinite(
+            f"{piece.name}: holds values too large for {DTYPE_NAMES[piece.dtype]}; choose upcast.dtype bfloat16 or "
+            "float32"
+        )
+    raise NonFinite(f"{piece.name}: holds NaN or infinity; the checkpoint is damaged, download it again")
+
+
+def _blocks(pieces: Sequence[Piece]) -> Iterator[_Block]:
+    for piece in pieces:
+        count = piece.shape[0] if piece.shape else 0
+        width = torch.Size(piece.shape[1:]).numel()
+        step = BLOCK // max(1, width)
+        if len(piece.shape) <= 2:  # noqa: PLR2004 - the rows of a matrix come in steps, experts one by one
+            step = max(ROW_STEP, step // ROW_STEP * ROW_STEP)
+        step = max(1, step)
+        if piece.finish is not None or count <= step:
+            yield _Block(piece=piece, rows=ALL)
+            continue
+        for start in range(0, count, step):
+            yield _Block(piece=piece, rows=slice(start, min(start + step, count)))
+
+
+def _in_threads(work: Callable[[_Block], str | None], blocks: Iterator[_Block], count: int) -> Iterator[str]:
+    """What `work` returns for each block, in order; the first error ends it once every thread has stopped."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # in each of the threads: they share the cores among blocks, not within one
+    pool = ThreadPoolExecutor(max_workers=count, thread_name_prefix="upcast")
+    running: deque[Future[str | None]] = deque()
+    try:
+        while block := next(blocks, None):
+            running.append(pool.submit(work, block))
+            while len(running) >= _AHEAD * count:
+                yield from filter(None, [running.popleft().result()])
+        while running:
+            yield from filter(None, [running.popleft().result()])
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)

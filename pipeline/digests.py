@@ -7,10 +7,11 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipeline.headers import read_header
+from pipeline.headers import TensorInfo, read_header
 
 CHUNK = 1 << 22
 
@@ -27,22 +28,30 @@ def digest_file(path: Path) -> str:
 
 
 def digest_shard(path: Path) -> tuple[str, dict[str, str]]:
-    """The digest of a safetensors file, and of each tensor in it (dtype, shape and bytes), in one pass."""
+    """The digest of a safetensors file, and of each tensor in it, on every core at once."""
     tensors = read_header(path)
-    whole = hashlib.sha256()
-    parts: dict[str, str] = {}
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        whole = pool.submit(digest_file, path)
+        parts = pool.map(lambda info: digest_tensor(path, info), tensors.values())
+        return whole.result(), dict(zip(tensors, parts, strict=True))
+
+
+def digest_tensor(path: Path, info: TensorInfo) -> str:
+    """The digest of one tensor in a file: its dtype, its shape and its bytes."""
+    digest = hashlib.sha256(f"{info.dtype}{list(info.shape)}".encode())
     with path.open("rb") as file:
-        whole.update(file.read(min((info.start for info in tensors.values()), default=path.stat().st_size)))
-        for name, info in tensors.items():
-            part = hashlib.sha256(f"{info.dtype}{list(info.shape)}".encode())
-            left = info.end - info.start
-            while left:
-                chunk = file.read(min(CHUNK, left))
-                whole.update(chunk)
-                part.update(chunk)
-                left -= len(chunk)
-            parts[name] = part.hexdigest()
-    return whole.hexdigest(), parts
+        file.seek(info.start)
+        left = info.end - info.start
+        while left:
+            chunk = file.read(min(CHUNK, left))
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
+
+
+def digest_packed(module: str, parts: Iterable[str], tensors: Mapping[str, str]) -> str:
+    """The digest of a packed module, from those of its tensors; `parts` are what follows the module in their names."""
+    return digest_value([[part.lstrip("._"), tensors[module + part]] for part in parts])
 
 
 class DigestCache:

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.catalog import format_of
 from pipeline.checkpoint import Quantization
-from pipeline.digests import content_digest, digest_file, digest_shard, digest_value
+from pipeline.digests import content_digest, digest_file, digest_packed, digest_shard, digest_value
 from pipeline.errors import StoreCorrupt, UnsupportedFormat
 
 MANIFEST = "artifact.json"
@@ -165,10 +165,7 @@ def _packed(folder: Path, tensors: Mapping[str, str]) -> dict[str, str]:
         row = format_of(Quantization.parse(raw) if raw else None)
     except (OSError, UnsupportedFormat):  # an adapter or a report has no config; an unknown format has no known parts
         return {}
-    return {
-        module: digest_value([[part.lstrip("._"), tensors[module + part]] for part in parts])
-        for module, parts in row.packed_modules(tensors).items()
-    }
+    return {module: digest_packed(module, parts, tensors) for module, parts in row.packed_modules(tensors).items()}
 
 
 def software() -> dict[str, str]:

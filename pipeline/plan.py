@@ -22,7 +22,7 @@ from pipeline.sizes import Sizes, dense_sizes
 from pipeline.targets import Target
 
 # Raised when the same options give other bytes.
-STAGE_VERSIONS = {"upcast": 1, "train": 1, "merge": 1, "quantize": 1, "evaluate": 1}
+STAGE_VERSIONS = {"upcast": 2, "train": 1, "merge": 1, "quantize": 1, "evaluate": 1}
 RUNTIME_BYTES = 600 * 10**6  # a process with torch and transformers imported
 
 
@@ -140,8 +140,8 @@ class _Builder:
     def _upcast(self) -> Step:
         dtype = self._recipe.upcast.dtype
         disk = self._sizes.dense_bytes(dtype)
-        memory = RUNTIME_BYTES + 4 * 4 * self._sizes.largest
-        options = {"dtype": dtype}
+        memory = RUNTIME_BYTES + 4 * 2 * self._sizes.largest + 300 * 10**6
+        options = {"dtype": dtype, "max_shard_bytes": self._recipe.upcast.max_shard_bytes}
         return self._step("upcast", {"source": "source"}, ["dense"], options, Needs(disk=disk, memory=memory))
 
     def _train(self) -> Step:

@@ -26,6 +26,14 @@ class Upcast(Section):
 
     dtype: Dtype = "bfloat16"
     """Data type of the dense weights."""
+    max_shard_size: Annotated[str, Field(pattern=r"^[1-9]\d{0,5}(\.\d+)? ?[MG]B$")] = "5GB"
+    """Most bytes of a weight file, such as 500MB or 5GB; a tensor larger than that has a file of its own."""
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes; MB and GB are powers of ten, as on the hub."""
+        number, unit = self.max_shard_size[:-2], self.max_shard_size[-2:]
+        return int(float(number) * {"MB": 10**6, "GB": 10**9}[unit])
 
 
 class Data(Section):

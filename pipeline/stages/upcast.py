@@ -58,7 +58,11 @@ def run(job: Job) -> Iterator[Output]:
         variant="dense",
         folder=out,
         metrics={"tensors": len(layout.pieces), "dequantized": packed},
-        notes={"dropped": dict(layout.dropped), "packed_source": row.name},
+        notes={
+            "dropped": dict(layout.dropped),
+            "packed_source": row.name,
+            "packed": stream.packed_digests(checkpoint, row),
+        },
     )
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pipeline import formats
 from pipeline.catalog import DENSE, Format
-from pipeline.checkpoint import Quantization
+from pipeline.checkpoint import Checkpoint, Quantization
+from pipeline.digests import digest_packed, digest_tensor
 from pipeline.errors import NonFinite
 from pipeline.formats import ROW_STEP
 from pipeline.formats.components import ALL
@@ -71,6 +72,19 @@ def compute(piece: Piece, row: Format, quantization: Quantization | None, rows: 
     if wide.is_floating_point() and wide.numel():
         _check_finite(piece, wide)
     return wide.to(piece.dtype)
+
+
+def packed_digests(checkpoint: Checkpoint, row: Format) -> dict[str, str]:
+    """Packed module → the digest of its packed tensors, by which a later stage knows them again."""
+    packed = row.packed_modules(checkpoint.tensors)
+    names = [module + part for module, parts in packed.items() for part in parts]
+
+    def digest(name: str) -> str:
+        return digest_tensor(checkpoint.path / checkpoint.weight_map[name], checkpoint.tensors[name])
+
+    with ThreadPoolExecutor(max_workers=cores()) as pool:
+        tensors = dict(zip(names, pool.map(digest, names), strict=True))
+    return {module: digest_packed(module, parts, tensors) for module, parts in packed.items()}
 
 
 def cores() -> int:

@@ -72,7 +72,7 @@ def test_a_dense_checkpoint_keeps_its_bytes(llama, tmp_path):
     output = run(llama, tmp_path)
     assert output.variant == "dense"
     assert output.folder == tmp_path / "out"
-    assert output.notes == {"dropped": {}, "packed_source": "dense"}
+    assert output.notes == {"dropped": {}, "packed_source": "dense", "packed": {}}
     before, after = load_file(llama / "model.safetensors"), load_file(output.folder / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

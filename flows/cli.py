@@ -57,6 +57,8 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of standard output has gone, as with `| head`
         sys.stderr.close()
         return 0
+    except OSError as error:  # a folder that may not be read or written, a disk that fails
+        return _say(f"{error.filename or 'the system'}: {error.strerror or error}", 1, debug=debug)
     return 0
 
 

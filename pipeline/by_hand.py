@@ -8,14 +8,26 @@ import importlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import child
 from pipeline.errors import InputError, NonFinite
+from pipeline.evaluation.tasks import ENVIRONMENT
 from pipeline.execute import STAGES, preload
 from pipeline.recipe import Data
 from pipeline.stages import Job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """An output in its place; `dropped` maps a source tensor to why it was left out, `agreement` is what was seen."""
+
+    path: Path
+    metrics: Mapping[str, float]
+    dropped: Mapping[str, str]
+    agreement: Mapping[str, float] | None = None
 
 
 def run_by_hand(
@@ -28,10 +40,13 @@ def run_by_hand(
     by_variant: bool,
     model_type: str,
     trust_remote_code: bool = False,
-) -> list[Path]:
+    verify: str | None = None,
+) -> list[Moved]:
     """Run a stage in a child process and move its outputs to `destination`, or to a folder each under it.
 
     Raises InputError where the destination holds something, lies inside an input, or is being written by another run.
+    `verify` is a text (empty: the built-in one) on which the logits of each output must be the source's, or
+    ReloadMismatch is raised.
     Nothing half-done is left there: a run that was killed or interrupted leaves `.<destination>.work` beside it, and
     the same run goes on from it.
     """
@@ -45,7 +60,12 @@ def run_by_hand(
         job = Job(
             inputs=inputs, options=options, workspace=workspace, data=data or {}, trust_remote_code=trust_remote_code
         )
-        return list(child.run(f"{__name__}:move", stage, job, destination, by_variant, preload=preload(model_type)))
+        return list(
+            child.run(
+                f"{__name__}:move", stage, job, destination, by_variant, verify,
+                preload=preload(model_type), environment=ENVIRONMENT,
+            )
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -69,14 +89,25 @@ def _workspace(destination: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def move(stage: str, job: Job, destination: Path, by_variant: bool) -> list[Path]:  # noqa: FBT001  # the child's body takes positions
+def move(stage: str, job: Job, destination: Path, by_variant: bool, verify: str | None) -> list[Moved]:  # noqa: FBT001  # the child's body takes positions
     """Run a stage and move each output as it is finished; the body of the child process."""
     moved = []
+    question = None
+    if verify is not None:
+        from pipeline.upcasting.agreement import TEXT, Question
+
+        question = Question.ask(job.inputs["source"], text=verify or TEXT, trust_remote_code=job.trust_remote_code)
     for output in importlib.import_module(STAGES[stage]).run(job):
+        agreement = question.compare(output.folder) if question else None
         place = destination / output.variant if by_variant else destination
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.is_dir():
             place.rmdir()
         output.folder.rename(place)
-        moved.append(place)
+        moved.append(
+            Moved(
+                path=place, metrics=output.metrics, dropped=output.notes.get("dropped", {}),
+                agreement=asdict(agreement) if agreement else None,
+            )
+        )  # fmt: skip
     return moved

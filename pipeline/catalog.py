@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from pipeline.checkpoint import Quantization
 from pipeline.errors import MissingLibrary, UnsupportedFormat
@@ -34,6 +35,7 @@ class Format:
     bits: tuple[int, ...] = ()
     layouts: tuple[str, ...] = ()
     weight: str = ".weight"
+    activations: Literal["", "int8", "float8"] = ""
     leftovers: tuple[str, ...] = ()
     dequantize: str
     train: str
@@ -78,7 +80,7 @@ FORMATS: dict[str, Format] = {
             name="bnb-int8", title="bitsandbytes int8", methods=("bitsandbytes",), module="pipeline.formats.bnb_int8",
             markers=(".SCB",), components=(".weight", ".SCB", ".weight_format"), bits=(8,),
             dequantize="row-major", train="after upcast", quantize="transformers + bitsandbytes",
-            reload="transformers + bitsandbytes", libraries=("bitsandbytes",),
+            reload="transformers + bitsandbytes", libraries=("bitsandbytes",), activations="int8",
         ),
         Format(
             name="gptq", title="GPTQ", methods=("gptq",), module="pipeline.formats.gptq",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from cyclopts import App
 from cyclopts.exceptions import CycloptsError
 
-from flows.commands import artifacts, machine, models, recipes
+from flows.commands import artifacts, conversions, machine, models, recipes
 from flows.terminal import ERR
 from pipeline import __version__
 from pipeline.errors import InputError, RequantError, StageFailed
@@ -27,7 +27,7 @@ app = App(
 )
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "A recipe": (recipes.run, recipes.plan, recipes.train, recipes.init, recipes.schema),
-    "A model": (models.inspect, models.try_, models.upcast, models.quantize, models.evaluate),
+    "A model": (models.inspect, models.try_, conversions.upcast, conversions.quantize, models.evaluate),
     "This machine": (machine.doctor, machine.formats),
 }
 for group, commands in GROUPS.items():

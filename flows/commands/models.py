@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Parameter
-from pydantic import ValidationError
 
 from flows.terminal import OUT, print_json, print_table, showing_progress, size
 from pipeline.artifacts import Store
-from pipeline.catalog import FORMATS, format_of, format_to, require_libraries
-from pipeline.errors import InputError, UnsupportedFormat
+from pipeline.catalog import format_of, require_libraries
+from pipeline.errors import InputError
 from pipeline.preflight import open_model
-from pipeline.recipe import Data, Dtype, Recipe, Upcast
+from pipeline.recipe import Data
 from pipeline.rows import check_rows
-from pipeline.sizes import check_target, dense_sizes
-from pipeline.targets import Target, parse_target
 
+MOST_PROBLEMS = 10  # of a checkpoint that is no good at all, a screen tells enough
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 
 
-def inspect(model: str, *, store: str = "artifacts", json: Json = False) -> None:
-    """Say what a checkpoint is: format, bits, sizes, and what it can become.
+def inspect(model: str, *, store: str = "artifacts", trust_remote_code: bool = False, json: Json = False) -> None:
+    """Say what a checkpoint is: format, bits, sizes, what it can become, and what is wrong with it.
 
     Parameters
     ----------
@@ -30,35 +29,43 @@ def inspect(model: str, *, store: str = "artifacts", json: Json = False) -> None
         A folder, a hub id[@revision], or a store reference.
     store
         The store that references are looked up in.
+    trust_remote_code
+        Whether Python files of the model may be read to know its architecture.
     json
         Print one JSON document.
 
     """
-    checkpoint = open_model(model, Store.open(store))
-    quantization = checkpoint.quantization
-    facts: dict[str, Any] = {"path": str(checkpoint.path), "architecture": checkpoint.model_type}
-    try:
-        row = format_of(quantization)
-        sizes = dense_sizes(checkpoint, row)
-        facts |= {
-            "format": row.title,
-            "parameters": sizes.parameters,
-            "bytes_as_bfloat16": sizes.dense_bytes("bfloat16"),
-        }
-        facts["quantized_modules"] = len(row.packed_modules(checkpoint.tensors))
-        facts["becomes"] = ["bfloat16", *(other.title for other in FORMATS.values() if other.name != "dense")]
-    except UnsupportedFormat as error:
-        facts |= {"format": quantization.method if quantization else "unknown", "cannot_be_read": str(error)}
-    if quantization:
-        facts |= {"bits": quantization.bits, "group_size": quantization.group_size, "symmetric": quantization.symmetric}
-        facts["ignored_modules"] = list(quantization.ignored)
-    facts |= {"shards": len(checkpoint.shards), "bytes": checkpoint.nbytes}
+    from pipeline import child
+
+    # In a child, since what the libraries print while they are imported is of no use here.
+    facts: Any = child.run("pipeline.inspection:inspect", open_model(model, Store.open(store)), trust_remote_code)
     if json:
-        print_json(facts)
+        print_json(asdict(facts))
         return
-    shown = {key: size(value) if key.startswith("bytes") else value for key, value in facts.items()}
-    for key, value in shown.items():
-        OUT.print(f"{key.replace('_', ' '):<18} {', '.join(value) if isinstance(value, list) else value}", markup=False)
+    shown: dict[str, str] = {
+        "path": facts.path,
+        "architecture": facts.architecture,
+        "format": f"{facts.format}, {facts.layout}" if facts.layout else facts.format,
+        "bits": ", ".join(f"{bits} ({count} modules)" for bits, count in facts.bits.items()),
+        "group size": "" if facts.group_size is None else str(facts.group_size),
+        "symmetric": "" if facts.symmetric is None else "yes" if facts.symmetric else "no",
+        "ignored modules": ", ".join(facts.ignored),
+        "parameters": f"{facts.parameters:,}" if facts.parameters else "",
+        "on disk": f"{size(facts.bytes)} in {facts.shards} shard{'s' if facts.shards > 1 else ''}",
+        "as bfloat16": size(facts.bytes_as_bfloat16) if facts.bytes_as_bfloat16 else "",
+        "trainable": facts.trainable,
+        "becomes": ", ".join(["dense", *(name for name, why in facts.becomes.items() if not why)])
+        if not facts.problems
+        else "",
+    }
+    lines = [(key, value) for key, value in shown.items() if value]
+    lines += [("cannot become", why) for why in facts.becomes.values() if why]
+    lines += [("left out", f"{name}: {why}") for name, why in facts.dropped.items()]
+    lines += [("wrong", problem) for problem in facts.problems[:MOST_PROBLEMS]]
+    if len(facts.problems) > MOST_PROBLEMS:
+        lines.append(("wrong", f"and {len(facts.problems) - MOST_PROBLEMS} more; --json names them all"))
+    for key, value in lines:
+        OUT.print(f"{key:<16} {value}", markup=False, soft_wrap=True)
 
 
 def try_(
@@ -92,131 +99,6 @@ def try_(
     )
     said = child.run("pipeline.evaluation.generate:generate", asked, environment=ENVIRONMENT)
     OUT.print(prompt + said, markup=False, soft_wrap=True)
-
-
-def upcast(
-    src: str,
-    dst: Path,
-    *,
-    dtype: Dtype = "bfloat16",
-    max_shard_size: str = "5GB",
-    verify: Literal["none", "logits"] = "none",
-    text: Path | None = None,
-    store: str = "artifacts",
-    trust_remote_code: bool = False,
-    json: Json = False,
-) -> None:
-    """Dequantize a checkpoint into a new folder.
-
-    Parameters
-    ----------
-    src
-        A folder, a GGUF file, a hub id[@revision], or a store reference.
-    dst
-        The folder to write; it must not exist or be empty.
-    dtype
-        The data type of the dense weights.
-    max_shard_size
-        Most bytes of a weight file, such as 500MB or 5GB.
-    verify
-        `logits`: load both models and compare what they say of a text, before DST appears.
-    text
-        A file with the text to compare on; a paragraph of prose and code where it is left out.
-    store
-        The store that references are looked up in.
-    trust_remote_code
-        Whether Python files of the model may be read to know its architecture.
-    json
-        Print one JSON document.
-
-    """
-    from pipeline.by_hand import run_by_hand
-
-    source = open_model(src, Store.open(store))
-    row = format_of(source.quantization)
-    if text is not None and verify == "none":
-        raise InputError("--text: says what to compare logits on; add --verify logits")
-    if verify == "logits":
-        require_libraries(row)
-    try:
-        options = Upcast(dtype=dtype, max_shard_size=max_shard_size)
-    except ValidationError as error:
-        raise InputError(f"--max-shard-size {max_shard_size}: not a size; write it as 500MB or 5GB") from error
-    with showing_progress():
-        (written,) = run_by_hand(
-            "upcast", dst, inputs={"source": source.path.resolve()}, by_variant=False, model_type=source.model_type,
-            options={"dtype": dtype, "max_shard_bytes": options.max_shard_bytes}, trust_remote_code=trust_remote_code,
-            verify=_text(text) if verify == "logits" else None,
-        )  # fmt: skip
-    if json:
-        found = {"dropped": written.dropped, "agreement": written.agreement}
-        print_json({"path": str(written.path), **written.metrics, **found})
-        return
-    for name, reason in written.dropped.items():
-        OUT.print(f"dropped {name}: {reason}", markup=False, soft_wrap=True)
-    if written.agreement:
-        OUT.print(
-            "logits agree: KL divergence {kl_divergence:.2e} nats per token over {tokens} tokens, at most {bound:.2e} "
-            "from rounding".format(**written.agreement), markup=False, soft_wrap=True,
-        )  # fmt: skip
-    OUT.print(f"wrote {written.path}", markup=False, soft_wrap=True)
-
-
-def quantize(
-    src: str,
-    dst: Path,
-    *,
-    to: Annotated[list[str], Parameter(negative="")],
-    calibration: Path | None = None,
-    samples: int = 128,
-    sequence_length: int = 512,
-    seed: int = 42,
-    store: str = "artifacts",
-) -> None:
-    """Quantize a dense checkpoint to one or several formats, each in a folder of its own under DST.
-
-    Parameters
-    ----------
-    src
-        A dense folder, hub id[@revision], or store reference.
-    dst
-        The folder to write; it must not exist or be empty.
-    to
-        A target, such as nf4, int8, gptq:bits=4,group_size=128 or awq:group_size=64; may be given several times.
-    calibration
-        The rows that GPTQ and AWQ are calibrated on.
-    samples
-        How many calibration samples to take.
-    sequence_length
-        Tokens in a sample.
-    seed
-        Chooses the samples.
-    store
-        The store that references are looked up in.
-
-    """
-    from pipeline.by_hand import run_by_hand
-
-    source = open_model(src, Store.open(store))
-    if source.quantization is not None:
-        raise InputError(f"{src}: is quantized already ({source.quantization.method}); run requant upcast on it first")
-    targets = [parse_target(text) for text in to]
-    data = _calibration(targets, calibration)
-    sizes = dense_sizes(source, format_of(None))
-    for target in targets:
-        require_libraries(format_to(target))
-        check_target(sizes, target)
-    options = {
-        "targets": [target.model_dump() for target in targets], "seed": seed,
-        "calibration": {"samples": samples, "sequence_length": sequence_length},
-    }  # fmt: skip
-    with showing_progress():
-        written = run_by_hand(
-            "quantize", dst, inputs={"dense": source.path.resolve()}, options=options, data=data, by_variant=True,
-            model_type=source.model_type,
-        )  # fmt: skip
-    for output in written:
-        OUT.print(f"wrote {output.path}", markup=False, soft_wrap=True)
 
 
 def evaluate(
@@ -279,24 +161,3 @@ def evaluate(
                 for row in shown
             ],
         )
-
-
-def _text(path: Path | None) -> str:
-    """The text in a file, or nothing for the one that is built in."""
-    if path is None:
-        return ""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--text {path}: cannot be read ({error}); name a UTF-8 text file") from error
-
-
-def _calibration(targets: list[Target], path: Path | None) -> dict[str, Data]:
-    needy = [target.variant for target in targets if target.format in Recipe.CALIBRATED]
-    if not needy:
-        return {}
-    if path is None:
-        raise InputError(f"{needy[0]}: needs calibration rows; name a file with --calibration")
-    data = Data(path=str(path.resolve()))
-    check_rows(data, limit=None)
-    return {"calibration": data}

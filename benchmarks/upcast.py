@@ -1,9 +1,11 @@
 """Upcast beside its rivals, to see whether reading a quantized checkpoint costs more than copying it.
 
-A synthetic Llama is quantized to NF4 by bitsandbytes. Then, each in a process of its own: copying the same source and
-output bytes with a sync, `requant upcast`'s stage, and transformers' load, dequantize and save. Shown are seconds from
-file to file after the imports, peak anonymous memory beyond the imports, and the largest difference from what
-bitsandbytes computes from the stored bytes. It does not cover other formats, several shards, or a GPU.
+For each format a synthetic Llama of half a billion parameters is written with random codes (`synthetic.py`). Then, each
+in a process of its own and the fastest of several: copying the same source and output bytes, `requant upcast`'s stage,
+transformers' load, dequantize and save where it has one, and gptqmodel's dequantizer where it takes the format. Shown
+are seconds from file to synced file after the imports, peak anonymous memory beyond the imports, and the largest
+difference from what plain formulas make of the stored bits in the first layer. It does not cover a GPU, or a disk that
+is slower than memory.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import synthetic
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -29,81 +32,80 @@ from safetensors import safe_open
 from pipeline.child import WAITING
 from pipeline.execute import preload
 
-HIDDEN, INTERMEDIATE, VOCABULARY = 1024, 2816, 16384
-ROUNDS = 3  # of which each role's fastest is shown: what else the machine does only ever adds
+SIZES = {"half": synthetic.HALF_BILLION, "tiny": synthetic.TINY}
+Result = dict[str, float]
+Work = Callable[[], None]
 
 
 def main() -> None:
     """Print the table; `--role` is how it calls itself for one measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--role", choices=[*ROLES, "make"])
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--formats", nargs="*", default=list(synthetic.PACKERS), choices=list(synthetic.PACKERS))
+    parser.add_argument("--size", choices=SIZES, default="half")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where to write; a folder that is removed by default")
+    parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.role:
-        role = ROLES.get(given.role)
-        print(json.dumps(_measured(role, given.folder) if role else _make(given.folder, given.layers)))
+        print(json.dumps(_measured(given.role, given.formats[0], given.folder)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        made = _run("make", Path(folder), given.layers)
-        rounds = [{role: _run(role, Path(folder), given.layers) for role in ROLES} for _ in range(ROUNDS)]
-        _show(
-            {role: min((round_[role] for round_ in rounds), key=lambda result: result["seconds"]) for role in ROLES},
-            made,
-        )
+    table = Table(title=f"{SIZES[given.size].parameters / 1e6:.0f} M parameters → bf16, {os.cpu_count()} cores")
+    for heading in ("format", "", "seconds", "of a copy", "M params/s a core", "peak memory", "largest error"):
+        table.add_column(heading, justify="left" if heading in ("format", "") else "right")
+    for name in given.formats:
+        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+            synthetic.write(Path(folder) / "source", name, SIZES[given.size])
+            _rows(table, name, _results(name, Path(folder), given.rounds), SIZES[given.size].parameters)
+    Console(width=120).print(table)
 
 
-def _show(results: dict[str, dict[str, float]], made: dict[str, float]) -> None:
-    source, dense = made["source_bytes"] / 1e6, made["dense_bytes"] / 1e6
-    table = Table(title=f"NF4 → bf16, {made['parameters'] / 1e6:.0f} M parameters, {source:.0f} MB → {dense:.0f} MB")
-    for heading in ("", "seconds", "of a copy", "peak memory beyond imports", "largest error"):
-        table.add_column(heading, justify="right" if heading else "left")
+def _results(name: str, folder: Path, rounds: int) -> dict[str, Result | str]:
+    """Role → its fastest result (what else the machine does only ever adds), or why there is none."""
+    results: dict[str, Result | str] = {}
+    for role, (_, formats) in ROLES.items():
+        if formats and name not in formats:
+            continue
+        found = [_run(role, name, folder) for _ in range(rounds)]
+        fine = [result for result in found if not isinstance(result, str)]
+        results[role] = min(fine, key=lambda result: result["seconds"]) if fine else found[0]
+    return results
+
+
+def _rows(table: Table, name: str, results: dict[str, Result | str], parameters: int) -> None:
+    copy = results["copy"]
+    assert not isinstance(copy, str), copy
     for role, result in results.items():
-        error = "" if role == "copy" else f"{result['error']:.2e}"
-        ratio = result["seconds"] / results["copy"]["seconds"]
-        table.add_row(role, f"{result['seconds']:.2f}", f"{ratio:.2f}", f"{result['memory'] / 1e6:.0f} MB", error)
-    Console(width=110).print(table)
+        if isinstance(result, str):
+            table.add_row("", role, "", "", "", "", f"failed: {result}")
+            continue
+        seconds = result["seconds"]
+        speed = "" if role == "copy" else f"{parameters / seconds / 1e6 / (os.cpu_count() or 1):.0f}"
+        error = "" if role == "copy" else f"{result['error']:.1e}"
+        table.add_row(
+            name if role == "copy" else "", role, f"{seconds:.2f}", f"{seconds / copy['seconds']:.2f}", speed,
+            f"{result['memory'] / 1e6:.0f} MB", error,
+        )  # fmt: skip
+    table.add_section()
 
 
-def _run(role: str, folder: Path, layers: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--role", role, "--folder", str(folder), "--layers", str(layers)]
+def _run(role: str, name: str, folder: Path) -> Result | str:
+    command = [sys.executable, __file__, "--role", role, "--folder", str(folder), "--formats", name]
     # Every role waits as Requant's own child processes do; the libraries' warnings are of no use here.
-    done = subprocess.run(command, env={**WAITING, **os.environ}, capture_output=True, text=True, check=False)
+    settings = {**WAITING, **os.environ, "GPTQMODEL_CPU_WORKERS": "2", "TQDM_DISABLE": "1"}
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode:
-        raise SystemExit(f"{role}: {done.stderr[-2000:]}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return (done.stderr.strip().splitlines() or ["no reason given"])[-1][:60]
+    result: Result = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
 
-def _make(folder: Path, layers: int) -> dict[str, float]:
-    """Write `folder/source`, a random Llama in NF4."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, vocab_size=VOCABULARY, num_hidden_layers=layers,
-        num_attention_heads=16, num_key_value_heads=4,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    model.save_pretrained(folder / "dense")
-    quantized = AutoModelForCausalLM.from_pretrained(
-        folder / "dense", quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
-    )
-    quantized.save_pretrained(folder / "source")
-    dense = sum(path.stat().st_size for path in (folder / "dense").iterdir())
-    source = sum(path.stat().st_size for path in (folder / "source").iterdir())
-    shutil.rmtree(folder / "dense")
-    return {"parameters": parameters, "dense_bytes": dense, "source_bytes": source}
-
-
-def _measured(role: Callable[[Path, Path], Callable[[], None]], folder: Path) -> dict[str, float]:
-    out = folder / "out"
+def _measured(role: str, name: str, folder: Path) -> Result:
+    source, out = folder / "source", folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    for module in (*preload("llama"), "bitsandbytes", "transformers.integrations.bitsandbytes"):
+    for module in preload("llama"):
         importlib.import_module(module)
-    work = role(folder / "source", out)
+    work = ROLES[role][0](source, out)
     before, peak, done = _anonymous(), [0], threading.Event()
 
     def watch() -> None:
@@ -119,12 +121,15 @@ def _measured(role: Callable[[Path, Path], Callable[[], None]], folder: Path) ->
     seconds = time.perf_counter() - started
     done.set()
     watcher.join()
-    return {"seconds": seconds, "memory": peak[0], "error": _error(folder / "source", out)}
+    return {"seconds": seconds, "memory": peak[0], "error": 0.0 if role == "copy" else _error(name, source, out)}
 
 
-def _copy(source: Path, out: Path) -> Callable[[], None]:
+def _copy(source: Path, out: Path) -> Work:
     """Read every source byte, and write as many as the dense model has."""
-    parameters = sum(weight.numel() for _, weight in _truth(source, shapes_only=True))
+    config = json.loads((source / "config.json").read_text())
+    keys = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers")
+    hidden, intermediate, vocabulary, layers = (config[key] for key in keys)
+    size = synthetic.Size(hidden=hidden, intermediate=intermediate, vocabulary=vocabulary, layers=layers)
     block = os.urandom(1 << 24)
 
     def work() -> None:
@@ -133,65 +138,76 @@ def _copy(source: Path, out: Path) -> Callable[[], None]:
             shutil.copyfile(path, out / path.name)
             total += path.stat().st_size
         with (out / "rest").open("wb") as file:
-            left = parameters * 2 - total
+            left = size.parameters * 2 - total
             while left > 0:
                 left -= file.write(block[: min(left, len(block))])
 
     return work
 
 
-def _requant(source: Path, out: Path) -> Callable[[], None]:
+def _requant(source: Path, out: Path) -> Work:
     from pipeline.stages import Job, upcast
 
     def work() -> None:
-        job = Job(inputs={"source": source}, options={"dtype": "bfloat16"}, workspace=out)
-        for _ in upcast.run(job):
+        for _ in upcast.run(Job(inputs={"source": source}, options={"dtype": "bfloat16"}, workspace=out)):
             pass
 
     return work
 
 
-def _transformers(source: Path, out: Path) -> Callable[[], None]:
-    from transformers import AutoModelForCausalLM
+def _transformers(source: Path, out: Path) -> Work:
+    import transformers
+
+    method = json.loads((source / "config.json").read_text())["quantization_config"]["quant_method"]
+    config = {
+        "fp8": lambda: transformers.FineGrainedFP8Config(dequantize=True),
+        "compressed-tensors": lambda: transformers.CompressedTensorsConfig(run_compressed=False),
+    }.get(method)
+    importlib.import_module(
+        f"transformers.integrations.{'bitsandbytes' if method == 'bitsandbytes' else 'hub_kernels'}"
+    )
 
     def work() -> None:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).dequantize()
+        more = {"quantization_config": config()} if config else {}
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **more)
+        if method == "bitsandbytes":
+            model = model.dequantize()
         model.save_pretrained(out, save_original_format=False)
 
     return work
 
 
-ROLES = {"copy": _copy, "requant": _requant, "transformers": _transformers}
+def _gptqmodel(source: Path, out: Path) -> Work:
+    from gptqmodel.utils.model_dequant import dequantize_model
+
+    def work() -> None:
+        dequantize_model(source, out / "model", target_dtype=torch.bfloat16, device="cpu")
+
+    return work
 
 
-def _truth(source: Path, *, shapes_only: bool = False) -> list[tuple[str, torch.Tensor]]:
-    """Every weight as bitsandbytes dequantizes the stored bytes (or empty tensors of their shapes)."""
-    from bitsandbytes.functional import QuantState, dequantize_4bit
-
-    found = []
-    with safe_open(source / "model.safetensors", framework="pt") as file:
-        names = set(file.keys())
-        for name in sorted(names):
-            if any(part in name for part in (".absmax", ".quant_map", ".nested_", ".quant_state")):
-                continue
-            tensor = file.get_tensor(name)
-            parts = {other: file.get_tensor(other) for other in names if other.startswith(f"{name}.")}
-            if parts:
-                state = QuantState.from_dict(dict(parts), device=torch.device("cpu"))
-                tensor = torch.empty(state.shape, device="meta") if shapes_only else dequantize_4bit(tensor, state)
-            found.append((name, tensor))
-    return found
+ROLES: dict[str, tuple[Callable[[Path, Path], Work], tuple[str, ...]]] = {
+    "copy": (_copy, ()),
+    "requant": (_requant, ()),
+    "transformers": (_transformers, ("nf4", "int8", "fp8", "compressed-tensors int4")),
+    "gptqmodel": (_gptqmodel, ("gptq", "gptq desc_act", "gptq 3 bits", "awq", "fp8")),
+}
 
 
-def _error(source: Path, out: Path) -> float:
-    shards = [path for folder in (out, out / "out") for path in folder.glob("*.safetensors")]
+def _error(name: str, source: Path, out: Path) -> float:
+    """The largest difference from the truth in the first layer's linear layers."""
     written: dict[str, torch.Tensor] = {}
-    for shard in shards:
+    for shard in out.rglob("*.safetensors"):
         with safe_open(shard, framework="pt") as file:
-            written |= {name: file.get_tensor(name) for name in list(file.keys())}
-    if "model.layers.0.mlp.up_proj.weight.absmax" in written:  # the copy
-        return 0.0
-    return max(float((written[name].float() - weight.float()).abs().max()) for name, weight in _truth(source))
+            written |= {key: file.get_tensor(key) for key in file.keys() if ".layers.0." in key}  # noqa: SIM118
+    worst = 0.0
+    with safe_open(source / "model.safetensors", framework="pt") as file:
+        names = [key for key in file.keys() if ".layers.0." in key and "norm" not in key]  # noqa: SIM118
+        for module in sorted({".".join(key.split(".")[:5]) for key in names}):
+            parts = {key.removeprefix(f"{module}."): file.get_tensor(key) for key in names if key.startswith(module)}
+            expected = synthetic.truth(name, parts).bfloat16().float()
+            worst = max(worst, float((written[f"{module}.weight"].float() - expected).abs().max()))
+    return worst
 
 
 def _anonymous() -> int:

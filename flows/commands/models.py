@@ -10,7 +10,9 @@ from cyclopts import Parameter
 from flows.terminal import OUT, print_json, print_table, showing_progress, size
 from pipeline.artifacts import Store
 from pipeline.catalog import FORMATS, format_of, format_to, require_libraries
+from pipeline.checkpoint import Checkpoint
 from pipeline.errors import InputError, UnsupportedFormat
+from pipeline.gguf_headers import DENSE_TYPES
 from pipeline.preflight import open_model
 from pipeline.recipe import Data, Dtype, Recipe
 from pipeline.rows import check_rows
@@ -26,7 +28,7 @@ def inspect(model: str, *, store: str = "artifacts", json: Json = False) -> None
     Parameters
     ----------
     model
-        A folder, a hub id[@revision], or a store reference.
+        A folder, a GGUF file, a hub id[@revision], or a store reference.
     store
         The store that references are looked up in.
     json
@@ -44,8 +46,9 @@ def inspect(model: str, *, store: str = "artifacts", json: Json = False) -> None
             "parameters": sizes.parameters,
             "bytes_as_bfloat16": sizes.dense_bytes("bfloat16"),
         }
-        facts["quantized_modules"] = len(row.packed_modules(checkpoint.tensors))
-        facts["becomes"] = ["bfloat16", *(other.title for other in FORMATS.values() if other.name != "dense")]
+        facts["quantized_modules"] = _quantized_modules(checkpoint)
+        written = (other.title for other in FORMATS.values() if other.name not in {"dense", "gguf"})
+        facts["becomes"] = ["bfloat16", *written]
     except UnsupportedFormat as error:
         facts |= {"format": quantization.method if quantization else "unknown", "cannot_be_read": str(error)}
     if quantization:
@@ -82,7 +85,7 @@ def try_(
     from pipeline import child
     from pipeline.evaluation.tasks import ENVIRONMENT, Prompt
 
-    checkpoint = open_model(model, Store.open(store))
+    checkpoint = _open_loadable(model, Store.open(store))
     require_libraries(format_of(checkpoint.quantization))
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {max_new_tokens}: ask for at least 1")
@@ -101,7 +104,7 @@ def upcast(
     Parameters
     ----------
     src
-        A folder, a hub id[@revision], or a store reference.
+        A folder, a GGUF file, a hub id[@revision], or a store reference.
     dst
         The folder to write; it must not exist or be empty.
     dtype
@@ -115,10 +118,12 @@ def upcast(
     from pipeline.by_hand import run_by_hand
 
     source = open_model(src, Store.open(store))
-    format_of(source.quantization)
+    row = format_of(source.quantization)
+    if source.is_gguf:  # the one format that is read with its own library
+        require_libraries(row)
     with showing_progress():
         written = run_by_hand(
-            "upcast", dst, inputs={"source": source.path.resolve()}, options={"dtype": dtype}, by_variant=False,
+            "upcast", dst, inputs={"source": source.path.absolute()}, options={"dtype": dtype}, by_variant=False,
             model_type=source.model_type, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     OUT.print(f"wrote {written[0]}", markup=False, soft_wrap=True)
@@ -211,8 +216,8 @@ def evaluate(
     from pipeline import child
     from pipeline.evaluation.tasks import ENVIRONMENT, Comparison
 
-    opened = {model: open_model(model, Store.open(store)) for model in models}
-    beside = open_model(reference, Store.open(store)) if reference else None
+    opened = {model: _open_loadable(model, Store.open(store)) for model in models}
+    beside = _open_loadable(reference, Store.open(store)) if reference else None
     rows_of = Data(path=str(data))
     check_rows(rows_of, limit=None)
     scores = []
@@ -241,6 +246,20 @@ def evaluate(
                 for row in shown
             ],
         )
+
+
+def _open_loadable(model: str, store: Store) -> Checkpoint:
+    """The checkpoint; raise InputError for a GGUF file, which transformers would not compute with as a folder."""
+    checkpoint = open_model(model, store)
+    if checkpoint.is_gguf:
+        raise InputError(f"{model}: is a GGUF file; run requant upcast on it first, then name the folder it wrote")
+    return checkpoint
+
+
+def _quantized_modules(checkpoint: Checkpoint) -> int:
+    if checkpoint.is_gguf:
+        return sum(info.dtype not in DENSE_TYPES for info in checkpoint.tensors.values())
+    return len(format_of(checkpoint.quantization).packed_modules(checkpoint.tensors))
 
 
 def _calibration(targets: list[Target], path: Path | None) -> dict[str, Data]:

@@ -1,23 +1,18 @@
 """Which Hugging Face tensor each GGUF tensor becomes, and what is undone on the way.
 
-llama.cpp renames tensors, and for some architectures permutes, shifts or fuses them. How to undo that is transformers'
-own knowledge, in one of two places: integrations/gguf/gguf_conversion_mapping.py for the architectures that it lists,
-modeling_gguf_pytorch_utils.py for the others. Neither is copied here: both are asked, tensor by tensor.
+llama.cpp renames tensors, and for some architectures permutes, shifts or fuses them; `pipeline.gguf_places` knows how
+to undo that. Here every tensor of a file is placed, dropped with a reason, or refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import modeling_gguf_pytorch_utils as legacy
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -26,20 +21,17 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     apply_renamings,
-    rename_source_key,
     revert_weight_conversion,
 )
-from transformers.integrations.gguf.gguf_conversion_mapping import ConcatenateRows
-from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, is_gguf_arch_supported
 
 from pipeline import formats
 from pipeline.catalog import FORMATS
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import CheckpointError, UnexpectedTensor
+from pipeline.errors import CheckpointError, MissingTensor, UnexpectedTensor
 from pipeline.formats import dense
+from pipeline.gguf_places import Finish, Place, naming_of
 from pipeline.shards import TensorGroup
 
-Finish = Callable[[Tensor], Tensor]
 # llama.cpp computes with these tensors what transformers computes from config.json: config key → its value.
 _ROPE_TENSORS = {
     "rope_freqs.weight": "llama3",
@@ -52,29 +44,14 @@ _ROPE_TENSORS = {
 class Piece:
     """A tensor of the dense checkpoint, called `name`, of `shape`, made from `group`.
 
-    `finish` takes the whole weight as the group gives it, float32, and returns the tensor (perhaps a view, perhaps the
-    same memory changed); None where they are the same. What it needs is at most one more copy.
+    `finish` takes the whole weight as the group gives it, float32, and returns the tensor, perhaps as a view;
+    None where they are the same. It needs at most one more copy.
     """
 
     name: str
     group: TensorGroup
     shape: tuple[int, ...]
     finish: Finish | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Place:
-    """Where a GGUF tensor goes: `part` of the `parts` that are joined along dimension 1 of an experts' tensor."""
-
-    target: str
-    finish: Finish | None = None
-    part: int = 0
-    parts: int = 0
-
-
-class _Naming(Protocol):
-    def place(self, name: str, shape: tuple[int, ...]) -> _Place | None:
-        """Where the GGUF tensor `name` goes; None if transformers does not know."""
 
 
 def pieces(checkpoint: Checkpoint, model: Any, groups: Iterable[TensorGroup]) -> tuple[list[Piece], dict[str, str]]:
@@ -85,35 +62,31 @@ def pieces(checkpoint: Checkpoint, model: Any, groups: Iterable[TensorGroup]) ->
     read.
     Raise UnexpectedTensor for a tensor that has no place, CheckpointError for one that does not fit it.
     """
-    assert checkpoint.quantization is not None
-    architecture = str(checkpoint.config["model_type"])
-    naming: _Naming = (
-        _Mapped(model, architecture) if is_gguf_arch_supported(architecture) else _Legacy(model, architecture)
-    )
-    saved = _Saved(model)
+    naming, saved = naming_of(model, checkpoint.model_type), _Saved(model)
     found: dict[str, Piece] = {}
     dropped: dict[str, str] = {}
-    fused: dict[str, dict[int, TensorGroup]] = {}
+    joined: dict[str, list[TensorGroup | None]] = {}
     for group in groups:
         name, shape = group.dense_name, shape_of(group, checkpoint)
         place = naming.place(name, shape)
-        if reason := _reason_to_drop(name, place, model):
-            dropped[name] = reason
-        elif place is None or not saved.holds(place.target):
-            raise UnexpectedTensor(
-                f"{name}: transformers has no place for it in a GGUF model of architecture {architecture}; "
-                "upcast the original checkpoint instead"
-            )
+        if place is None or not saved.holds(place.target):
+            dropped[name] = _reason_to_drop(name, place, model)
         elif place.parts:
-            parts = fused.setdefault(place.target, {})
-            _once(place.target, place.part in parts)
+            parts = joined.setdefault(place.target, [None] * place.parts)
+            _once(place.target, twice=parts[place.part] is not None)
             parts[place.part] = group
-            if len(parts) == place.parts:
-                _add(found, saved.experts(place.target, [parts[i] for i in sorted(parts)], checkpoint), saved)
         else:
             done = shape if place.finish is None else _shape_after(place.finish, shape)
-            piece = Piece(name=saved.name(place.target), group=group, shape=done, finish=place.finish)
-            _add(found, [piece], saved)
+            _add(found, Piece(name=saved.name(place.target), group=group, shape=done, finish=place.finish), saved)
+    for target, parts in joined.items():
+        groups_of = [part for part in parts if part is not None]
+        if len(groups_of) < len(parts):
+            raise MissingTensor(
+                f"{target}: {groups_of[0].dense_name} is there, but not the tensor that it is joined with; the file is "
+                "incomplete, download it again"
+            )
+        for piece in saved.experts(target, groups_of, checkpoint):
+            _add(found, piece, saved)
     return list(found.values()), dropped
 
 
@@ -133,71 +106,6 @@ def whole(piece: Piece, checkpoint: Checkpoint) -> Tensor:
     else:
         tensor = dense.dequantize(piece.group)
     return tensor if piece.finish is None else piece.finish(tensor)
-
-
-class _Legacy:
-    """The names and processors of modeling_gguf_pytorch_utils.py, which load_gguf_checkpoint loads by."""
-
-    def __init__(self, model: Any, architecture: str) -> None:
-        config = model.config.get_text_config()
-        self._processor = legacy.TENSOR_PROCESSORS.get(architecture, legacy.TensorProcessor)(config=config.to_dict())
-        try:
-            self._names = legacy.get_gguf_hf_weights_map(model, self._processor)
-        except (NotImplementedError, AttributeError) as error:
-            raise CheckpointError(
-                f"general.architecture {architecture}: transformers cannot map its tensors ({error}); upcast the "
-                "original checkpoint instead"
-            ) from error
-
-    def place(self, name: str, shape: tuple[int, ...]) -> _Place | None:
-        experts = legacy.Qwen2MoeTensorProcessor, legacy.MiniMaxM2TensorProcessor
-        if isinstance(self._processor, experts) and (match := self._processor.GGUF_MOE_WEIGHTS_PATTERN.fullmatch(name)):
-            target = self._names.get(match["name"])
-            joined = match["w"] != "down"  # gate first, then up
-            part, parts = int(match["w"] == "up"), 2 if joined else 1
-            return _Place(target=target, part=part, parts=parts) if target else None
-        # What a processor does is seen on ones that take no memory; where it does nothing it returns what it got.
-        ones = np.broadcast_to(np.float32(1), shape)
-        target, weights = self._process(name, ones)
-        return (
-            _Place(target=target, finish=None if weights is ones else partial(self._finish, name)) if target else None
-        )
-
-    def _finish(self, name: str, weight: Tensor) -> Tensor:
-        return torch.from_numpy(self._process(name, weight.float().numpy())[1])
-
-    def _process(self, name: str, weights: Any) -> tuple[str | None, Any]:
-        stored: dict[str, dict[str, Tensor]] = {"tensors": {}}
-        with np.errstate(invalid="ignore"):
-            result = self._processor.process(
-                weights=weights, name=name, tensor_key_mapping=self._names, parsed_parameters=stored
-            )
-        if result.name is None and len(stored["tensors"]) == 1:  # put where it goes already
-            ((target, tensor),) = stored["tensors"].items()
-            return target, tensor.numpy()
-        return self._names.get(result.name), result.weights
-
-
-class _Mapped:
-    """The renamings and conversions of gguf_conversion_mapping.py, which the GGUF quantizer loads by."""
-
-    def __init__(self, model: Any, architecture: str) -> None:
-        mapping = deepcopy(get_gguf_conversion_mapping(architecture, model.config))
-        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
-
-    def place(self, name: str, shape: tuple[int, ...]) -> _Place | None:  # noqa: ARG002 - the protocol's
-        target, pattern = rename_source_key(name, self._renamings, self._converters)
-        if pattern is None:
-            return _Place(target=target, parts=int(".experts." in target))
-        converter = self._by_pattern[pattern]
-        sources = converter.source_patterns
-        if len(sources) == 1:
-            return _Place(target=target, finish=partial(_convert, converter.operations, pattern, target))
-        (operation,) = converter.operations
-        joins_rows = isinstance(operation, ConcatenateRows) and operation.dim == 1
-        return _Place(target=target, part=sources.index(pattern), parts=len(sources)) if joins_rows else None
 
 
 class _Saved:
@@ -258,40 +166,34 @@ class _Saved:
         return []
 
 
-def _add(found: dict[str, Piece], made: Iterable[Piece], saved: _Saved) -> None:
-    for piece in made:
-        _once(piece.name, piece.name in found)
-        if piece.shape != saved.shapes.get(piece.name):
-            expected = saved.shapes.get(piece.name)
-            raise CheckpointError(
-                f"{piece.group.dense_name}: gives {piece.name} the shape {list(piece.shape)}, but the file's metadata "
-                f"describe {list(expected) if expected else 'none'}; the two do not belong together"
-            )
-        found[piece.name] = piece
+def _add(found: dict[str, Piece], piece: Piece, saved: _Saved) -> None:
+    _once(piece.name, twice=piece.name in found)
+    expected = saved.shapes.get(piece.name)
+    if piece.shape != expected:
+        raise CheckpointError(
+            f"{piece.group.dense_name}: gives {piece.name} the shape {list(piece.shape)}, but the file's metadata "
+            f"describe {list(expected) if expected else 'none'}; the two do not belong together"
+        )
+    found[piece.name] = piece
 
 
-def _once(name: str, twice: bool) -> None:  # noqa: FBT001
+def _once(name: str, *, twice: bool) -> None:
     if twice:
         raise UnexpectedTensor(f"{name}: is made from two tensors of the file; download it again")
 
 
-def _reason_to_drop(name: str, place: _Place | None, model: Any) -> str:
+def _reason_to_drop(name: str, place: Place | None, model: Any) -> str:
+    """Why a tensor without a place may go; raise UnexpectedTensor if it may not."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None)
     if name in _ROPE_TENSORS and isinstance(rope, Mapping) and rope.get("rope_type") == _ROPE_TENSORS[name]:
         return "config.json says the same as rope_parameters"
     ignored = model._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001 - transformers' own list; none is public
     if place is not None and any(re.search(pattern, place.target) for pattern in ignored):
         return "the architecture ignores it"
-    return ""
-
-
-def _convert(operations: list[Any], pattern: str, target: str, weight: Tensor) -> Tensor:
-    values: Any = {pattern: weight}
-    for operation in operations:
-        values = operation.convert(values, source_patterns=[pattern], target_patterns=[target])
-    (value,) = values.values()
-    tensor: Tensor = value[0] if isinstance(value, list) else value
-    return tensor
+    raise UnexpectedTensor(
+        f"{name}: transformers has no place for it in a {model.config.model_type} made from a GGUF file; upcast the "
+        "original checkpoint instead"
+    )
 
 
 def _shape_after(finish: Finish, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -108,25 +108,113 @@ LLAMA = {
 
 
 def decoder(
-    *, hidden: int = 256, inner: int = 512, layers: int = 2, heads: int = 4, kv: int = 2, head: int = 64,
-    norms: tuple[str, ...] = ("attn_norm", "ffn_norm"), tied: bool = False,
+    *, head: int = 64, norms: tuple[str, ...] = ("attn_norm", "ffn_norm"), tied: bool = False, qk_norms: bool = False,
+    biases: tuple[str, ...] = (), without: tuple[str, ...] = (), more: Shapes | None = None, layers: int = 2,
 ) -> dict[str, tuple[int, ...]]:  # fmt: skip
-    """The tensors of a decoder with a gated feed-forward, under llama.cpp's names."""
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, hidden), "output_norm.weight": (hidden,)}
-    if not tied:
-        shapes["output.weight"] = (VOCAB, hidden)
+    """The tensors of a decoder with a gated feed-forward, under llama.cpp's names; `more` are each layer's own."""
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, 256), "output_norm.weight": (256,)}
+    shapes |= {} if tied else {"output.weight": (VOCAB, 256)}
+    shapes |= {"output_norm.bias": (256,)} if "attn_norm" in biases else {}
+    layer = (
+        {
+            "attn_q": (4 * head, 256),
+            "attn_k": (2 * head, 256),
+            "attn_v": (2 * head, 256),
+            "attn_output": (256, 4 * head),
+            "ffn_gate": (512, 256),
+            "ffn_up": (512, 256),
+            "ffn_down": (256, 512),
+        }
+        | dict.fromkeys(norms, (256,))
+        | (dict.fromkeys(("attn_q_norm", "attn_k_norm"), (head,)) if qk_norms else {})
+    )
+    layer = {name: shape for name, shape in layer.items() if name not in without} | dict(more or {})
     for i in range(layers):
-        layer = {
-            "attn_q": (heads * head, hidden), "attn_k": (kv * head, hidden), "attn_v": (kv * head, hidden),
-            "attn_output": (hidden, heads * head), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden),
-            "ffn_down": (hidden, inner),
-        }  # fmt: skip
         shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
-        shapes |= {f"blk.{i}.{name}.weight": (hidden,) for name in norms}
+        shapes |= {f"blk.{i}.{name}.bias": layer[name][:1] for name in biases}
     return shapes
 
 
-def tiny_llama_gguf(path: Path, **options: Any) -> Path:
+DENSE_MLP = ("ffn_gate", "ffn_up", "ffn_down")
+
+
+def experts(inner: int, *, count: int = 4) -> dict[str, tuple[int, ...]]:
+    """A layer's router and experts."""
+    return {
+        "ffn_gate_inp": (count, 256), "ffn_gate_exps": (count, inner, 256), "ffn_up_exps": (count, inner, 256),
+        "ffn_down_exps": (count, 256, inner),
+    }  # fmt: skip
+
+
+def gpt2() -> dict[str, tuple[int, ...]]:
+    """The tensors of a GPT-2 of two layers."""
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, 64), "position_embd.weight": (1024, 64)}
+    shapes |= {"output.weight": (VOCAB, 64), "output_norm.weight": (64,), "output_norm.bias": (64,)}
+    layer = {
+        "attn_norm": (64,), "ffn_norm": (64,), "attn_qkv": (192, 64), "attn_output": (64, 64), "ffn_up": (256, 64),
+        "ffn_down": (64, 256),
+    }  # fmt: skip
+    for i in range(2):
+        for name, shape in layer.items():
+            shapes |= {f"blk.{i}.{name}.weight": shape, f"blk.{i}.{name}.bias": shape[:1]}
+    return shapes
+
+
+def lfm2() -> dict[str, tuple[int, ...]]:
+    """The tensors of an LFM2 of a convolution and an attention layer."""
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, 256), "token_embd_norm.weight": (256,)}
+    common = {
+        "attn_norm": (256,),
+        "ffn_norm": (256,),
+        "ffn_gate": (512, 256),
+        "ffn_up": (512, 256),
+        "ffn_down": (256, 512),
+    }
+    own = [
+        {"shortconv.in_proj": (768, 256), "shortconv.out_proj": (256, 256), "shortconv.conv": (256, 3)},
+        {
+            "attn_q": (256, 256), "attn_k": (128, 256), "attn_v": (128, 256), "attn_output": (256, 256),
+            "attn_q_norm": (64,), "attn_k_norm": (64,),
+        },
+    ]  # fmt: skip
+    for i, layer in enumerate(own):
+        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in (common | layer).items()}
+    return shapes
+
+
+QWEN35MOE = {
+    "context_length": 512, "embedding_length": 256, "block_count": 5, "nextn_predict_layers": 1,
+    "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 64,
+    "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 1e4, "rope.dimension_sections": [4, 2, 2, 0],
+    "rope.dimension_count": 16, "full_attention_interval": 4, "ssm.conv_kernel": 4, "ssm.state_size": 32,
+    "ssm.group_count": 2, "ssm.time_step_rank": 4, "ssm.inner_size": 128, "expert_feed_forward_length": 256,
+    "expert_shared_feed_forward_length": 256, "expert_count": 4, "expert_used_count": 2,
+}  # fmt: skip
+
+
+def qwen35moe() -> dict[str, tuple[int, ...]]:
+    """The tensors of a Qwen3.5-MoE: three linear attention layers, a full one, and a layer that predicts further."""
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, 256), "output_norm.weight": (256,)}
+    shapes |= {"output.weight": (VOCAB, 256), "blk.4.nextn.eh_proj.weight": (256, 512)}
+    common = experts(256) | {
+        "attn_norm": (256,), "post_attention_norm": (256,), "ffn_gate_inp_shexp": (256,), "ffn_gate_shexp": (256, 256),
+        "ffn_up_shexp": (256, 256), "ffn_down_shexp": (256, 256),
+    }  # fmt: skip
+    linear = {
+        "attn_qkv": (256, 256), "attn_gate": (128, 256), "ssm_alpha": (4, 256), "ssm_beta": (4, 256),
+        "ssm_conv1d": (256, 4), "ssm_norm": (32,), "ssm_out": (256, 128),
+    }  # fmt: skip
+    full = {
+        "attn_q": (512, 256), "attn_k": (128, 256), "attn_v": (128, 256), "attn_output": (256, 256),
+        "attn_q_norm": (64,), "attn_k_norm": (64,),
+    }  # fmt: skip
+    for i in range(4):
+        own = full if i == 3 else linear
+        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in (common | own).items()}
+        shapes |= {} if i == 3 else {f"blk.{i}.ssm_a": (4,), f"blk.{i}.ssm_dt.bias": (4,)}
+    return shapes
+
+
+def tiny_llama_gguf(path: Path, *, tied: bool = False, **options: Any) -> Path:
     """A llama of two layers in one file, or several."""
-    tied = options.pop("tied", False)
     return write(path, "llama", LLAMA, decoder(tied=tied), **options)

@@ -136,13 +136,12 @@ def test_inspect_says_what_a_gguf_file_is_and_try_says_what_to_do_first(one, cap
 
 def test_a_recipe_takes_a_gguf_file_as_its_source(one, tmp_path, monkeypatch):
     monkeypatch.setenv("REQUANT_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "train.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
-    recipe = (
-        f"{{schema: 1, name: bot, source: {one}, store: {tmp_path}/store, train: {{data: {tmp_path}/train.jsonl}}}}"
-    )
+    (tmp_path / "t.jsonl").write_text('{"messages": [{"role": "assistant", "content": "a"}]}\n')
+    train = f"{{method: lora, data: {tmp_path}/t.jsonl}}"
+    recipe = f"{{schema: 1, name: bot, source: {one}, store: {tmp_path}/store, train: {train}}}"
     with pytest.raises(DataError, match="has no chat template"):
         make_plan(parse_recipe(recipe, where="r.yaml"))
-    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n')
     plan = make_plan(parse_recipe(recipe, where="r.yaml"))
     assert (plan.format.name, plan.steps[0].stage) == ("gguf", "upcast")
     with one.open("ab") as file:

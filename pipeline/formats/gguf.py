@@ -83,7 +83,8 @@ def _values(dtype: str, blocks: Tensor) -> Tensor:
         values: Tensor = dequantize_torch(blocks.reshape(-1), int(kind))
         return values
     with np.errstate(all="ignore"):  # a scale of NaN or infinity is found by whoever checks the weights
-        return torch.from_numpy(dequantize_numpy(blocks.cpu().numpy(), kind)).to(blocks.device)
+        row = blocks.cpu().numpy().reshape(1, -1)  # gguf goes through rows sixteen at a time, in Python
+        return torch.from_numpy(dequantize_numpy(row, kind)).to(blocks.device)
 
 
 def _shape(group: TensorGroup, part: str, tensor: Tensor) -> tuple[int, ...]:

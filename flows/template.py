@@ -37,7 +37,7 @@ def recipe_text(model: str, checkpoint: Checkpoint, *, data: str, evaluation: st
     """The text of a recipe that fits the checkpoint, and the name it goes by."""
     row = format_of(checkpoint.quantization)
     sizes = dense_sizes(checkpoint, row)
-    stem = model.partition("@")[0].rstrip("/").rsplit("/", 1)[-1].lower()
+    stem = model.partition("@")[0].rstrip("/").rsplit("/", 1)[-1].lower().removesuffix(".gguf")
     name = re.sub(r"[^a-z0-9._-]+", "-", stem).strip("-._") or "model"
     fitting = [size for size in (128, 64, 32, 16) if all(columns % size == 0 for _, columns in sizes.linears.values())]
     group_lines = [

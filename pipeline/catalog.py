@@ -95,6 +95,13 @@ FORMATS: dict[str, Format] = {
             dequantize="GEMM, any group size", train="after upcast", quantize="gptqmodel",
             reload="transformers + gptqmodel", libraries=("gptqmodel",),
         ),
+        # Its tensors have names of their own: `pipeline.gguf_names` says what becomes of each, no marker does.
+        Format(
+            name="gguf", title="GGUF", methods=("gguf",), module="pipeline.formats.gguf", markers=(), components=(),
+            weight="",
+            dequantize="every type of the gguf package, split files", train="after upcast", quantize="no",
+            reload="transformers + gguf", libraries=("gguf",),
+        ),
     )
 }  # fmt: skip
 
@@ -103,7 +110,6 @@ READ_ELSEWHERE = {
     "compressed-tensors": "load it with transformers, which dequantizes it while loading",
     "fp8": "load it with transformers and FineGrainedFP8Config(dequantize=True)",
     "mxfp4": "load it with transformers and Mxfp4Config(dequantize=True)",
-    "gguf": "load it with transformers and gguf_file=",
     "hqq": "load it with the hqq library",
     "torchao": "load it with transformers and torchao",
     "quanto": "load it with transformers and optimum-quanto",
@@ -158,7 +164,7 @@ def require_libraries(row: Format) -> None:
     """Raise MissingLibrary, with the command that installs it, where a format's library is absent."""
     for library in row.libraries:
         if importlib.util.find_spec(library) is None:
-            extra = "bitsandbytes" if library == "bitsandbytes" else "gptqmodel"
+            extra = library if library in {"bitsandbytes", "gguf"} else "gptqmodel"
             raise MissingLibrary(
                 f"{row.title} needs {library}, which is not installed; run pip install 'requant[{extra}]'"
             )

@@ -1,4 +1,4 @@
-"""A model folder, opened and checked once; trusted by everything below."""
+"""A model folder or GGUF file, opened and checked once; trusted by everything below."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.errors import CheckpointError, CorruptShard, MissingTensor, UnexpectedTensor, UnsafePath
+from pipeline.gguf_files import SUFFIX, is_gguf, open_parts, part_names
 from pipeline.headers import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -75,9 +76,11 @@ class Quantization:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A folder whose config parses, whose shards are whole, and whose names stay inside it.
+    """A folder whose config parses, whose shards are whole, and whose names stay inside it; or a GGUF file.
 
-    `weight_map` is tensor → shard file name; `tensors` is tensor → where it lies in that shard.
+    `path` is the folder, or the GGUF file (its first part). `weight_map` is tensor → shard file name; `tensors` is
+    tensor → where it lies in that shard. A GGUF file has its own names for tensors, and metadata in place of
+    config.json and a tokenizer's files: `config` is the little of it that a plan needs.
     """
 
     path: Path
@@ -89,9 +92,13 @@ class Checkpoint:
 
     @staticmethod
     def open(path: Path) -> Checkpoint:
-        """Open and check a folder; raise a CheckpointError that names what is wrong with it."""
+        """Open and check a folder or a GGUF file; raise a CheckpointError that names what is wrong with it."""
+        if is_gguf(path):
+            return _open_gguf(path)
         if not path.is_dir():
-            raise CheckpointError(f"{path}: no such folder; name a folder with config.json and safetensors files")
+            raise CheckpointError(
+                f"{path}: no such folder; name a folder with config.json and safetensors files, or a {SUFFIX} file"
+            )
         config = read_json(inside(path, "config.json"))
         raw = config.get("quantization_config") or config.get("compression_config")
         if raw is not None and not isinstance(raw, dict):
@@ -110,9 +117,7 @@ class Checkpoint:
 
     def copy_companions(self, folder: Path) -> None:
         """Copy what goes along with the weights to `folder`, byte for byte."""
-        for name in self.companions:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.path / name, folder / name)
+        copy_companions(self.path, folder)
 
     @property
     def shards(self) -> tuple[str, ...]:
@@ -120,9 +125,19 @@ class Checkpoint:
         return tuple(dict.fromkeys(self.weight_map.values()))
 
     @property
+    def is_gguf(self) -> bool:
+        """Whether config.json and tokenizer files are to be rebuilt from the weights' own metadata."""
+        return self.quantization is not None and self.quantization.method == "gguf"
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards lie."""
+        return self.path.parent if self.is_gguf else self.path
+
+    @property
     def files(self) -> tuple[str, ...]:
-        """Every file that makes the checkpoint what it is."""
-        return ("config.json", *self.companions, *self.shards)
+        """Every file of the folder that makes the checkpoint what it is."""
+        return self.shards if self.is_gguf else ("config.json", *self.companions, *self.shards)
 
     @cached_property
     def nbytes(self) -> int:
@@ -136,14 +151,15 @@ class Checkpoint:
 
 
 def open_source(source: str) -> Checkpoint:
-    """Open a folder or a hub id[@revision]; a hub id is taken from the local cache or fetched."""
+    """Open a folder, a GGUF file or a hub id[@revision]; a hub id is taken from the local cache or fetched."""
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() or is_gguf(path):
         return Checkpoint.open(path)
     repository, _, revision = source.partition("@")
-    if source.startswith((".", "/", "~")) or repository.count("/") != 1:
+    if source.startswith((".", "/", "~")) or repository.count("/") != 1 or source.endswith(SUFFIX):
         raise CheckpointError(
-            f"{source}: no such folder; name a folder, a hub id such as org/model, or a store reference"
+            f"{source}: no such folder; name a folder, a hub id such as org/model, a {SUFFIX} file, or a store "
+            "reference"
         )
     return Checkpoint.open(_snapshot(repository, revision or None))
 
@@ -173,6 +189,30 @@ def inside(folder: Path, name: str) -> Path:
     if not any(path.resolve().is_relative_to(root) for root in roots):
         raise UnsafePath(f"{folder}: {name} is a link that leaves the folder; copy the file itself into it")
     return path
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    folder, names = (path if path.is_dir() else path.parent), part_names(path)
+    model = open_parts([inside(folder, name) for name in names])
+    metadata = {key: value for key, value in model.metadata.items() if not key.startswith("tokenizer.")}
+    chat_template = "tokenizer.chat_template" in model.metadata
+    config = {"model_type": model.architecture}
+    context = metadata.get(f"{model.architecture}.context_length")
+    return Checkpoint(
+        path=folder / names[0],
+        config=config if context is None else {**config, "max_position_embeddings": context},
+        weight_map=model.weight_map,
+        tensors=model.tensors,
+        quantization=Quantization(
+            method="gguf",
+            bits=model.bits,
+            group_size=model.group_size,
+            symmetric=model.symmetric,
+            ignored=(),
+            raw={"quant_method": "gguf", "type": model.dtype, "chat_template": chat_template, "metadata": metadata},
+        ),
+        companions=(),
+    )
 
 
 def _open_shards(folder: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
@@ -207,6 +247,13 @@ def _named_shards(folder: Path) -> dict[str, str]:
         found = f"found {pickles[0]}, a pickle, which is never opened" if pickles else "found none"
         raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}, {found}; convert the weights to safetensors")
     return {}
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what goes along with the weights of the folder `source` to `folder`, byte for byte."""
+    for name in _companions(source):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
 
 
 def _companions(folder: Path) -> tuple[str, ...]:

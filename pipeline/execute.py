@@ -121,7 +121,7 @@ def _task(plan: Plan, step: Step, workspace: Path) -> Work:
     for role, parent in step.inputs.items():
         if parent == "source":
             digest = plan.source_digest
-            inputs[role] = plan.source.path.resolve()
+            inputs[role] = plan.source.path.absolute()  # a link of the hub leads to a blob without a suffix
             parents[role] = {"reference": plan.recipe.source, "fingerprint": digest, "digest": digest}
             continue
         artifact = _parent(plan, parent)

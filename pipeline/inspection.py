@@ -13,11 +13,9 @@ import torch
 from pipeline.catalog import Format, format_of, format_to, require_libraries
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import InputError
-from pipeline.shards import ShardReader
-from pipeline.sizes import Sizes, check_target, dense_sizes
-from pipeline.skeleton import skeleton_of
+from pipeline.sizes import Sizes, check_target, dense_sizes, packed_modules
 from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target
-from pipeline.upcasting.layout import lay_out
+from pipeline.upcasting.layout import laid_out
 
 TARGETS: tuple[Target, ...] = (
     BitsAndBytesTarget(format="bitsandbytes"), BitsAndBytesTarget(format="bitsandbytes", bits=8),
@@ -92,18 +90,18 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Facts:  
 
 def _upcast(checkpoint: Checkpoint, row: Format, *, trust_remote_code: bool) -> tuple[Mapping[str, str], list[str]]:
     """What an upcast would drop, and what it would stop at: all of it, where the upcast stops at the first."""
-    skeleton = skeleton_of(checkpoint, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
-    with ShardReader(checkpoint) as reader:
-        layout = lay_out(reader, row, checkpoint, skeleton)
-    return layout.dropped, [str(problem) for problem in layout.problems]
+    with laid_out(checkpoint, row, dtype=torch.bfloat16, trust_remote_code=trust_remote_code) as layout:
+        return layout.dropped, [str(problem) for problem in layout.problems]
 
 
 def _bits(checkpoint: Checkpoint, row: Format, sizes: Sizes) -> dict[int, int]:
     """Bits of a code → packed modules that have them; the codes are a module's largest tensor."""
     counts: Counter[int] = Counter()
-    for module, parts in row.packed_modules(checkpoint.tensors).items():
+    for module, parts in packed_modules(checkpoint, row).items():
         infos = [checkpoint.tensors[module + part] for part in parts]
-        weights = math.prod(sizes.shapes[module + row.weight])
+        # A GGUF tensor has its dense shape itself, and the sizes call it by another name.
+        shape = checkpoint.tensors[module].shape if checkpoint.is_gguf else sizes.shapes[module + row.weight]
+        weights = math.prod(shape)
         counts[round(8 * max(info.end - info.start for info in infos) / max(1, weights))] += 1
     return dict(sorted(counts.items()))
 

@@ -106,7 +106,7 @@ def make_plan(recipe: Recipe, *, until: str = "evaluate") -> Plan:
     sizes = dense_sizes(source, row)
     check(recipe, source, sizes)
     cache = DigestCache()
-    digest = cache.files(source.path, source.files)
+    digest = cache.files(source.folder, source.files)
     steps = list(_Builder(recipe, store, sizes, digest, cache).steps(until))
     cache.save()
     return Plan(

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from pipeline.argument_names import check_arguments
 from pipeline.artifacts import REFERENCE, VERSION, Store
-from pipeline.catalog import format_to, require_libraries
+from pipeline.catalog import FORMATS, format_to, require_libraries
 from pipeline.checkpoint import Checkpoint, open_source
 from pipeline.errors import DataError
+from pipeline.gguf_files import is_gguf
 from pipeline.recipe import Recipe
 from pipeline.rows import check_rows, lacks_chat_template
 from pipeline.sizes import Sizes, check_target
@@ -17,8 +18,8 @@ ROWS_CHECKED = 1000  # the plan looks at the first rows; the stage at all of the
 
 
 def open_model(source: str, store: Store) -> Checkpoint:
-    """The checkpoint behind a folder, a store reference, or a hub id[@revision]."""
-    match = None if Path(source).is_dir() else REFERENCE.fullmatch(source)
+    """The checkpoint behind a folder, a GGUF file, a store reference, or a hub id[@revision]."""
+    match = None if Path(source).is_dir() or is_gguf(Path(source)) else REFERENCE.fullmatch(source)
     if match and (store.versions(match["name"], match["variant"]) or VERSION.fullmatch(match["which"] or "")):
         return Checkpoint.open(store.resolve(source).path)
     return open_source(source)
@@ -26,6 +27,8 @@ def open_model(source: str, store: Store) -> Checkpoint:
 
 def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> None:
     """Raise an InputError for the first thing in a recipe that is known to fail, before any of it is paid for."""
+    if source.is_gguf:  # the one format that is read with its own library
+        require_libraries(FORMATS["gguf"])
     for target in recipe.quantize:
         require_libraries(format_to(target))
         check_target(sizes, target)
@@ -35,7 +38,13 @@ def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> None:
     files["calibration.data"] = recipe.calibration_data if recipe.calibrated else None
     files["evaluate.data"] = recipe.evaluate.data if recipe.evaluate else None
     for key, data in files.items():
-        if data and check_rows(data, limit=ROWS_CHECKED) == "messages" and lacks_chat_template(source.path):
+        if data and check_rows(data, limit=ROWS_CHECKED) == "messages" and _lacks_chat_template(source):
             raise DataError(
                 f"{key}: {data.path} holds messages, but the tokenizer of {source.path} has no chat template"
             )
+
+
+def _lacks_chat_template(source: Checkpoint) -> bool:
+    if source.is_gguf:
+        return not (source.quantization and source.quantization.raw["chat_template"])
+    return lacks_chat_template(source.path)

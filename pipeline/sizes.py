@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from pipeline.catalog import Format, bits_per_weight
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, UnsupportedFormat
+from pipeline.gguf_headers import DENSE_TYPES
 from pipeline.headers import TensorInfo
 from pipeline.targets import AWQTarget, GPTQTarget, Target
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 WORD = 32  # bits of the int32 that codes are packed into
 AWQ_OUTPUTS = 64  # gptqmodel's search for clipping bounds takes so many at a time; a packed word holds only 8
-NOT_QUANTIZED = ("embed", "wte", "wpe", "lm_head", "norm", "router", "mlp.gate.", "score.", "classifier")
+NOT_QUANTIZED = (
+    "embed", "wte", "wpe", "lm_head", "norm", "router", "mlp.gate.", "score.", "classifier",
+    "token_embd", "position_embd", "ffn_gate_inp",  # GGUF's names
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +66,8 @@ class Sizes:
 
 def dense_sizes(checkpoint: Checkpoint, row: Format) -> Sizes:
     """The shapes that the checkpoint dequantizes to."""
+    if checkpoint.is_gguf:
+        return Sizes(shapes=_gguf_shapes(checkpoint))
     shapes: dict[str, tuple[int, ...]] = {}
     packed = row.packed_modules(checkpoint.tensors)
     parts = {module + part for module, found in packed.items() for part in found}
@@ -69,6 +75,25 @@ def dense_sizes(checkpoint: Checkpoint, row: Format) -> Sizes:
         shapes[module + row.weight] = _dense_shape(checkpoint, row, module)
     shapes |= {name: info.shape for name, info in checkpoint.tensors.items() if name not in parts}
     return Sizes(shapes=shapes)
+
+
+def _gguf_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """GGUF headers have the dense shapes; the experts of a layer lie in one tensor [E, O, I], here each for itself."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, info in checkpoint.tensors.items():
+        if name.endswith("_exps.weight") and len(info.shape) == 3:  # noqa: PLR2004
+            module = name.removesuffix(".weight")
+            shapes |= {f"{module}.{i}.weight": info.shape[1:] for i in range(info.shape[0])}
+        else:
+            shapes["lm_head.weight" if name == "output.weight" else name] = info.shape
+    return shapes
+
+
+def packed_modules(checkpoint: Checkpoint, row: Format) -> dict[str, tuple[str, ...]]:
+    """Packed module → what follows it in the names of its tensors; in a GGUF file every packed tensor is one."""
+    if checkpoint.is_gguf:
+        return {name: ("",) for name, info in checkpoint.tensors.items() if info.dtype not in DENSE_TYPES}
+    return row.packed_modules(checkpoint.tensors)
 
 
 def check_target(sizes: Sizes, target: Target) -> None:

@@ -8,14 +8,16 @@ from names, and what the loader would report as missing, unexpected or mismatche
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import read_json
 from pipeline.errors import CheckpointError, InputError, MissingTensor
+from pipeline.pieces import Piece
 
 # Config keys whose value is a number of modules: transformers makes as many objects, however large the number is.
 _COUNTS = re.compile(r"(^|_)(n|num)_.*(layer|expert|block|depth|stage)s?$|^n_?layers?$|^depth$|layers?$")
@@ -85,15 +87,13 @@ class Skeleton:
         """Whether the architecture itself says that a tensor of this name is of no use to it."""
         return self._ignored(name)
 
-    def problems(self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Iterator[InputError]:
-        """What `from_pretrained` would report of a dense checkpoint with tensors of these dtypes and shapes.
+    def problems(self, pieces: Iterable[Piece]) -> Iterator[InputError]:
+        """What `from_pretrained` would report of a dense checkpoint of these pieces.
 
         Each is an error that names one tensor. The loader itself is run, on tensors that hold no memory; after it the
         skeleton is of no more use.
         """
-        found = self._load(
-            {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in shapes.items()}
-        )
+        found = self._load({piece.name: torch.empty(piece.shape, dtype=piece.dtype, device="meta") for piece in pieces})
         for name, has, expected in sorted(found.mismatched_keys, key=str):
             yield CheckpointError(
                 f"{name}: has shape {list(has)}, but config.json describes {list(expected)}; the two do not belong "
@@ -126,28 +126,32 @@ class Skeleton:
         return {original, *(alias for alias, other in tied.items() if other == original)} - {name}
 
 
-def skeleton_of(checkpoint: Checkpoint, *, dtype: torch.dtype, trust_remote_code: bool) -> Skeleton:
-    """The skeleton of a checkpoint's architecture in `dtype`; raise CheckpointError for an unknown config."""
+def skeleton_of(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool) -> Skeleton:
+    """The skeleton of the architecture that a folder's config.json describes, in `dtype`.
+
+    Raise CheckpointError for a config that transformers cannot build a model from.
+    """
     import transformers
 
-    _check_counts(checkpoint)
+    said = read_json(folder / "config.json")
+    _check_counts(folder, said)
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return Skeleton(_build(checkpoint, config, dtype=dtype, trust_remote_code=trust_remote_code), dtype)
+            return Skeleton(_build(said, config, dtype=dtype, trust_remote_code=trust_remote_code), dtype)
     except Exception as error:  # a config from outside can make an architecture raise anything
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{checkpoint.path}/config.json: transformers cannot build model_type {checkpoint.model_type!r} from it "
+            f"{folder}/config.json: transformers cannot build model_type {said.get('model_type')!r} from it "
             f"({reason}); a newer transformers may, or trust_remote_code if the model brings its own code"
         ) from error
 
 
-def _build(checkpoint: Checkpoint, config: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def _build(said: Mapping[str, Any], config: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The model without weights: the class that config.json names, or else a causal language model."""
     import transformers
 
-    names = checkpoint.config.get("architectures") or [""]
+    names = said.get("architectures") or [""]
     named: Any = getattr(transformers, str(names[0]), None)
     if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
         make: Any = named._from_config  # type: ignore[attr-defined]  # noqa: SLF001 - what AutoModel.from_config calls
@@ -155,7 +159,7 @@ def _build(checkpoint: Checkpoint, config: Any, *, dtype: torch.dtype, trust_rem
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def _check_counts(checkpoint: Checkpoint) -> None:
+def _check_counts(folder: Path, said: Mapping[str, Any]) -> None:
     """Raise CheckpointError for a config that would have transformers build modules for hours."""
 
     def look(values: Mapping[str, Any]) -> None:
@@ -164,11 +168,10 @@ def _check_counts(checkpoint: Checkpoint) -> None:
                 look(value)
             elif isinstance(value, int) and value > _MOST_MODULES and _COUNTS.search(key):
                 raise CheckpointError(
-                    f"{checkpoint.path}/config.json: {key} is {value}, which no checkpoint of "
-                    f"{len(checkpoint.tensors)} tensors can be; download config.json again"
+                    f"{folder}/config.json: {key} is {value}, more than any model has; download config.json again"
                 )
 
-    look(checkpoint.config)
+    look(said)
 
 
 def _any_of(patterns: Any) -> Callable[[str], bool]:

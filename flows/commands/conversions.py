@@ -62,7 +62,7 @@ def upcast(
     row = format_of(source.quantization)
     if text is not None and verify == "none":
         raise InputError("--text: says what to compare logits on; add --verify logits")
-    if verify == "logits":
+    if verify == "logits" or source.is_gguf:  # the one format that is read with its own library
         require_libraries(row)
     try:
         options = Upcast(dtype=dtype, max_shard_size=max_shard_size)
@@ -70,7 +70,7 @@ def upcast(
         raise InputError(f"--max-shard-size {max_shard_size}: not a size; write it as 500MB or 5GB") from error
     with showing_progress():
         (written,) = run_by_hand(
-            "upcast", dst, inputs={"source": source.path.resolve()}, by_variant=False, model_type=source.model_type,
+            "upcast", dst, inputs={"source": source.path.absolute()}, by_variant=False, model_type=source.model_type,
             options={"dtype": dtype, "max_shard_bytes": options.max_shard_bytes}, trust_remote_code=trust_remote_code,
             verify=_text(text) if verify == "logits" else None,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from flows.terminal import OUT, print_json, print_table, showing_progress, size
 from pipeline.artifacts import Store
 from pipeline.catalog import format_of, require_libraries
+from pipeline.checkpoint import Checkpoint
 from pipeline.errors import InputError
 from pipeline.preflight import open_model
 from pipeline.recipe import Data
@@ -26,7 +27,7 @@ def inspect(model: str, *, store: str = "artifacts", trust_remote_code: bool = F
     Parameters
     ----------
     model
-        A folder, a hub id[@revision], or a store reference.
+        A folder, a GGUF file, a hub id[@revision], or a store reference.
     store
         The store that references are looked up in.
     trust_remote_code
@@ -90,7 +91,7 @@ def try_(
     from pipeline import child
     from pipeline.evaluation.tasks import ENVIRONMENT, Prompt
 
-    checkpoint = open_model(model, Store.open(store))
+    checkpoint = _open_loadable(model, Store.open(store))
     require_libraries(format_of(checkpoint.quantization))
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {max_new_tokens}: ask for at least 1")
@@ -131,8 +132,8 @@ def evaluate(
     from pipeline import child
     from pipeline.evaluation.tasks import ENVIRONMENT, Comparison
 
-    opened = {model: open_model(model, Store.open(store)) for model in models}
-    beside = open_model(reference, Store.open(store)) if reference else None
+    opened = {model: _open_loadable(model, Store.open(store)) for model in models}
+    beside = _open_loadable(reference, Store.open(store)) if reference else None
     rows_of = Data(path=str(data))
     check_rows(rows_of, limit=None)
     scores = []
@@ -161,3 +162,11 @@ def evaluate(
                 for row in shown
             ],
         )
+
+
+def _open_loadable(model: str, store: Store) -> Checkpoint:
+    """The checkpoint; raise InputError for a GGUF file, which transformers would not compute with as a folder."""
+    checkpoint = open_model(model, store)
+    if checkpoint.is_gguf:
+        raise InputError(f"{model}: is a GGUF file; run requant upcast on it first, then name the folder it wrote")
+    return checkpoint

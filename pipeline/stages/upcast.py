@@ -18,14 +18,12 @@ import torch
 
 from pipeline import progress
 from pipeline.catalog import format_of
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import Checkpoint, copy_companions, read_json
 from pipeline.digests import digest_value
 from pipeline.shard_writer import MAX_SHARD_BYTES, ShardWriter
-from pipeline.shards import ShardReader
-from pipeline.skeleton import skeleton_of
 from pipeline.stages import Job, Output
 from pipeline.upcasting import stream
-from pipeline.upcasting.layout import lay_out
+from pipeline.upcasting.layout import laid_out
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -40,9 +38,7 @@ def run(job: Job) -> Iterator[Output]:
     checkpoint = Checkpoint.open(job.inputs["source"])
     row = format_of(checkpoint.quantization)
     dtype = job.options["dtype"]
-    skeleton = skeleton_of(checkpoint, dtype=DTYPES[dtype], trust_remote_code=job.trust_remote_code)
-    with ShardReader(checkpoint) as reader:
-        layout = lay_out(reader, row, checkpoint, skeleton)
+    with laid_out(checkpoint, row, dtype=DTYPES[dtype], trust_remote_code=job.trust_remote_code) as layout:
         if layout.problems:
             raise layout.problems[0]
         out = _prepare(job, checkpoint)
@@ -51,8 +47,8 @@ def run(job: Job) -> Iterator[Output]:
             kept, total = len(writer.finished), len(layout.pieces)
             for done, _ in enumerate(stream.write(layout.pieces, writer, row, checkpoint.quantization), start=1):
                 progress.step("upcast", done=kept + done, total=total, unit="tensors")
-    _write_config(checkpoint, out, dtype)
-    checkpoint.copy_companions(out)
+        _write_config(layout.described, out, dtype)
+        copy_companions(layout.described, out)
     packed = sum(piece.group.packed for piece in layout.pieces)
     yield Output(
         variant="dense",
@@ -69,7 +65,7 @@ def run(job: Job) -> Iterator[Output]:
 def _prepare(job: Job, checkpoint: Checkpoint) -> Path:
     """The folder to write to; shards that lie there are kept only where they were made of these files and options."""
     out, mark = job.workspace / "out", job.workspace / "source.sha256"
-    stats = [(name, (checkpoint.path / name).stat()) for name in checkpoint.files]
+    stats = [(name, (checkpoint.folder / name).stat()) for name in checkpoint.files]
     files = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats]
     identity = digest_value([files, dict(job.options)])
     same = mark.exists() and mark.read_text(encoding="utf-8") == identity
@@ -82,11 +78,11 @@ def _prepare(job: Job, checkpoint: Checkpoint) -> Path:
     return out
 
 
-def _write_config(checkpoint: Checkpoint, out: Path, dtype: str) -> None:
+def _write_config(described: Path, out: Path, dtype: str) -> None:
     """Write config.json as it was, but dense: every other key in its place."""
     config: Mapping[str, object] = {
         key: dtype if key in {"dtype", "torch_dtype"} else value
-        for key, value in checkpoint.config.items()
+        for key, value in read_json(described / "config.json").items()
         if key not in {"quantization_config", "compression_config"}
     }
     if not {"dtype", "torch_dtype"} & config.keys():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from pipeline import formats
 from pipeline.catalog import Format
@@ -14,34 +15,23 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, InputError, UnexpectedTensor
 from pipeline.formats import dense
 from pipeline.formats.components import FLOATS
+from pipeline.pieces import Piece
 from pipeline.shards import DTYPE_NAMES, ShardReader, TensorGroup
-from pipeline.skeleton import Place, Skeleton
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """A tensor of the dense checkpoint, and the group that it is made from.
-
-    `finish`, where there is one, turns the whole weight that the format dequantizes to into the tensor.
-    """
-
-    name: str
-    group: TensorGroup
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    finish: Callable[[Tensor], Tensor] | None = None
+from pipeline.skeleton import Place, Skeleton, skeleton_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """The pieces in the order in which they are written; `dropped` maps a stored tensor to why it is left out.
 
-    `problems` is what keeps the checkpoint from becoming dense: empty for one that can be written.
+    `problems` is what keeps the checkpoint from becoming dense: empty for one that can be written. `described` is the
+    folder with its config.json and tokenizer.
     """
 
     pieces: tuple[Piece, ...]
     dropped: Mapping[str, str]
     problems: tuple[InputError, ...]
+    described: Path
 
     @property
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -49,7 +39,24 @@ class Layout:
         return {piece.name: (DTYPE_NAMES[piece.dtype], piece.shape) for piece in self.pieces}
 
 
-def lay_out(reader: ShardReader, row: Format, checkpoint: Checkpoint, skeleton: Skeleton) -> Layout:
+@contextmanager
+def laid_out(checkpoint: Checkpoint, row: Format, *, dtype: torch.dtype, trust_remote_code: bool) -> Iterator[Layout]:
+    """The layout of a checkpoint that becomes dense in `dtype`, whose pieces can be read inside the block.
+
+    Raise CheckpointError where config.json, or a GGUF file's metadata, describe no model.
+    """
+    if checkpoint.is_gguf:
+        from pipeline.upcasting.gguf import laid_out as from_gguf
+
+        with from_gguf(checkpoint, dtype=dtype) as layout:
+            yield layout
+        return
+    skeleton = skeleton_of(checkpoint.path, dtype=dtype, trust_remote_code=trust_remote_code)
+    with ShardReader(checkpoint) as reader:
+        yield _lay_out(reader, row, checkpoint, skeleton)
+
+
+def _lay_out(reader: ShardReader, row: Format, checkpoint: Checkpoint, skeleton: Skeleton) -> Layout:
     """Place every tensor of the checkpoint exactly once; transformers' own loader says what is missing or wrong."""
     pieces: dict[str, Piece] = {}
     dropped: dict[str, str] = {}
@@ -72,12 +79,9 @@ def lay_out(reader: ShardReader, row: Format, checkpoint: Checkpoint, skeleton: 
         except InputError as error:
             problems.append(error)
     # A module that is malformed would be reported as missing too.
-    problems = problems or list(_load(skeleton, pieces))
-    return Layout(pieces=tuple(pieces.values()), dropped=dropped, problems=tuple(problems))
-
-
-def _load(skeleton: Skeleton, pieces: Mapping[str, Piece]) -> Iterator[InputError]:
-    return skeleton.problems({name: (piece.dtype, piece.shape) for name, piece in pieces.items()})
+    problems = problems or list(skeleton.problems(pieces.values()))
+    made = tuple(pieces.values())
+    return Layout(pieces=made, dropped=dropped, problems=tuple(problems), described=checkpoint.path)
 
 
 def _piece(group: TensorGroup, place: Place, row: Format, checkpoint: Checkpoint) -> Piece:

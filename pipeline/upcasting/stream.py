@@ -23,9 +23,10 @@ from pipeline.digests import digest_packed, digest_tensor
 from pipeline.errors import NonFinite
 from pipeline.formats import ROW_STEP
 from pipeline.formats.components import ALL
+from pipeline.pieces import Piece
 from pipeline.shard_writer import ShardWriter
 from pipeline.shards import DTYPE_NAMES
-from pipeline.upcasting.layout import Piece
+from pipeline.sizes import packed_modules
 
 BLOCK = 1 << 20  # weights computed at a time: 4 MiB of floats, which the cores' caches hold
 _AHEAD = 8  # blocks for each core that wait their turn
@@ -76,11 +77,11 @@ def compute(piece: Piece, row: Format, quantization: Quantization | None, rows: 
 
 def packed_digests(checkpoint: Checkpoint, row: Format) -> dict[str, str]:
     """Packed module → the digest of its packed tensors, by which a later stage knows them again."""
-    packed = row.packed_modules(checkpoint.tensors)
+    packed = packed_modules(checkpoint, row)
     names = [module + part for module, parts in packed.items() for part in parts]
 
     def digest(name: str) -> str:
-        return digest_tensor(checkpoint.path / checkpoint.weight_map[name], checkpoint.tensors[name])
+        return digest_tensor(checkpoint.folder / checkpoint.weight_map[name], checkpoint.tensors[name])
 
     with ThreadPoolExecutor(max_workers=cores()) as pool:
         tensors = dict(zip(names, pool.map(digest, names), strict=True))

@@ -1,0 +1,36 @@
+"""What a GGUF file becomes: its metadata a folder that transformers reads, its tensors those of the model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import InputError
+from pipeline.gguf_names import pieces
+from pipeline.gguf_rebuild import rebuild
+from pipeline.gguf_shards import GGUFReader
+from pipeline.pieces import Piece
+from pipeline.skeleton import skeleton_of
+from pipeline.upcasting.layout import Layout
+
+
+@contextmanager
+def laid_out(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Iterator[Layout]:
+    """The layout of a GGUF checkpoint, whose pieces can be read, and whose folder exists, inside the block."""
+    with tempfile.TemporaryDirectory() as folder, GGUFReader(checkpoint) as reader:
+        rebuild(checkpoint, Path(folder))
+        skeleton = skeleton_of(Path(folder), dtype=dtype, trust_remote_code=False)
+        made: list[Piece] = []
+        dropped: Mapping[str, str] = {}
+        problems: list[InputError] = []
+        try:
+            made, dropped = pieces(checkpoint, skeleton, reader.groups())
+            problems += skeleton.problems(made)
+        except InputError as error:
+            problems.append(error)
+        yield Layout(pieces=tuple(made), dropped=dropped, problems=tuple(problems), described=Path(folder))

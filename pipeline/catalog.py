@@ -20,7 +20,9 @@ class Format:
 
     A module is packed when the tensor `<module><marker>` exists for one of the markers; its packed tensors are
     `<module><component>`, and together they become the dense tensor `<module><weight>`. A component that ends in `*`
-    stands for every name that begins so. `leftovers` end the names of what quantized activations need and a dense model
+    stands for every name that begins so. A module whose weight goes by the module's own name (component "") becomes the
+    tensor `<module>`. `needs`, if any, are components of which a module has one, or else its marker means something
+    else. `leftovers` end the names of what quantized activations need and a dense model
     has no place for. `methods` are the `quant_method`s that the row reads, with these `bits` (none: any) and in these
     `layouts` (none: any).
     """
@@ -34,6 +36,7 @@ class Format:
     bits: tuple[int, ...] = ()
     layouts: tuple[str, ...] = ()
     weight: str = ".weight"
+    needs: tuple[str, ...] = ()
     leftovers: tuple[str, ...] = ()
     dequantize: str
     train: str
@@ -44,9 +47,11 @@ class Format:
     def packed_modules(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Module → its components among tensor `names`, sorted; module and component joined are the tensor's name."""
         names = set(names)
-        modules: dict[str, list[str]] = {
-            name.removesuffix(marker): [] for name in names for marker in self.markers if name.endswith(marker)
-        }
+        modules: dict[str, list[str]] = {}
+        for name in names:
+            marker = next((marker for marker in self.markers if name.endswith(marker)), None)
+            if marker is not None:
+                modules[name.removesuffix(marker)] = []
         for name in names if modules else ():
             for component in self.components:
                 stem = component.rstrip("*")
@@ -54,7 +59,15 @@ class Format:
                 if cut >= 0 and name[:cut] in modules:
                     modules[name[:cut]].append(name[cut:])
                     break
-        return {module: tuple(sorted(found)) for module, found in sorted(modules.items())}
+        return {
+            module: tuple(sorted(found))
+            for module, found in sorted(modules.items())
+            if not self.needs or any(part in self.needs for part in found)
+        }
+
+    def dense_name(self, module: str, parts: Iterable[str]) -> str:
+        """The dense tensor that a module's components become together."""
+        return module if "" in parts else module + self.weight
 
 
 DENSE = Format(
@@ -93,14 +106,32 @@ FORMATS: dict[str, Format] = {
             dequantize="GEMM, any group size", train="after upcast", quantize="gptqmodel",
             reload="transformers + gptqmodel", libraries=("gptqmodel",),
         ),
+        Format(
+            name="fp8", title="FP8", methods=("fp8", "fbgemm_fp8"), module="pipeline.formats.fp8",
+            markers=(".weight_scale_inv", ".weight_scale", ".qscale_weight", ".scale", "_scale_inv", "_scale"),
+            components=(
+                ".weight", ".weight_scale_inv", ".weight_scale", ".qscale_weight", ".scale", "_scale_inv", "_scale", "",
+            ),
+            needs=(".weight", ""),
+            leftovers=(
+                "activation_scale", ".input_scale", ".input_scale_ub", ".output_scale", ".k_scale", ".v_scale",
+                ".q_scale", ".prob_output_scale", ".qscale_act",
+            ),
+            dequantize="e4m3 and e5m2; scales in blocks, by output or one in all; fused experts; FP4 experts",
+            train="after upcast", quantize="no", reload="transformers",
+        ),
+        Format(
+            name="mxfp4", title="MXFP4", methods=("mxfp4",), module="pipeline.formats.mxfp4",
+            markers=("_blocks",), components=("_blocks", "_scales"), weight="",
+            dequantize="gpt-oss experts", train="after upcast", quantize="no",
+            reload="transformers + kernels",
+        ),
     )
 }  # fmt: skip
 
 # What cannot be read here, and the tool that can.
 READ_ELSEWHERE = {
     "compressed-tensors": "load it with transformers, which dequantizes it while loading",
-    "fp8": "load it with transformers and FineGrainedFP8Config(dequantize=True)",
-    "mxfp4": "load it with transformers and Mxfp4Config(dequantize=True)",
     "gguf": "load it with transformers and gguf_file=",
     "hqq": "load it with the hqq library",
     "torchao": "load it with transformers and torchao",

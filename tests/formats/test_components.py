@@ -21,7 +21,7 @@ def test_a_pattern_that_backtracks_forever_in_the_standard_library_ends():
 
 def test_a_pattern_that_takes_too_long_is_an_error(monkeypatch):
     monkeypatch.setattr(components, "PATTERN_SECONDS", 0.1)
-    with pytest.raises(CheckpointError, match="targets pattern .* takes too long to match xxx"):
+    with pytest.raises(CheckpointError, match=r"targets pattern .* takes too long to match xxx"):
         matches("(x{1,9999}){1,9999}" * 50, "x" * 100, key="targets")
 
 

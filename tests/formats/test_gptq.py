@@ -144,7 +144,7 @@ def test_a_dynamic_pattern_that_backtracks_forever_does_not_hang():
     harmless = quantized("gptq", dynamic={"(a+)+$": {"bits": 8}}, **config)
     assert gptq.dequantize(packed(eight(), "a" * 80 + ".proj"), harmless)[0].tolist() == EIGHT
     hostile = quantized("gptq", dynamic={"(x{1,9999}){1,9999}" * 50: {"bits": 8}}, **config)
-    with pytest.raises(CheckpointError, match="dynamic pattern .* takes too long"):
+    with pytest.raises(CheckpointError, match=r"dynamic pattern .* takes too long"):
         gptq.dequantize(packed(eight(), "x" * 100), hostile)
 
 

@@ -107,6 +107,22 @@ FORMATS: dict[str, Format] = {
             reload="transformers + gptqmodel", libraries=("gptqmodel",),
         ),
         Format(
+            name="compressed-tensors", title="compressed-tensors", methods=("compressed-tensors",),
+            module="pipeline.formats.compressed_tensors",
+            markers=(".weight_packed", ".weight_scale"),
+            components=(
+                ".weight", ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx",
+                ".weight_global_scale",
+            ),
+            leftovers=tuple(
+                f".{what}_{part}"
+                for what in ("input", "output", "q", "k", "v")
+                for part in ("scale", "zero_point", "global_scale")
+            ),
+            dequantize="pack-, int-, float- and naive-quantized, NVFP4, MXFP4, MXFP6, MXFP8, several in one model",
+            train="after upcast", quantize="no", reload="transformers + compressed-tensors",
+        ),
+        Format(
             name="fp8", title="FP8", methods=("fp8", "fbgemm_fp8"), module="pipeline.formats.fp8",
             markers=(".weight_scale_inv", ".weight_scale", ".qscale_weight", ".scale", "_scale_inv", "_scale"),
             components=(
@@ -131,7 +147,6 @@ FORMATS: dict[str, Format] = {
 
 # What cannot be read here, and the tool that can.
 READ_ELSEWHERE = {
-    "compressed-tensors": "load it with transformers, which dequantizes it while loading",
     "gguf": "load it with transformers and gguf_file=",
     "hqq": "load it with the hqq library",
     "torchao": "load it with transformers and torchao",

@@ -101,10 +101,15 @@ def check_target(sizes: Sizes, target: Target) -> None:
 def _dense_shape(checkpoint: Checkpoint, row: Format, module: str) -> tuple[int, ...]:
     try:
         return _SHAPES[row.name](checkpoint, module)
-    except (KeyError, ValueError, IndexError) as error:  # a component that is absent, or of another rank
+    except (
+        KeyError,
+        ValueError,
+        IndexError,
+        ZeroDivisionError,
+    ) as error:  # a component that is absent, or of another rank
         raise CheckpointError(
-            f"{module}: its header describes no {row.title} weight ({error}); the checkpoint is incomplete, download it "
-            "again"
+            f"{module}: its header describes no {row.title} weight ({error}); the checkpoint is incomplete, download "
+            "it again"
         ) from error
 
 
@@ -118,6 +123,23 @@ def _awq(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
     """From qweight [I, O / 8]."""
     inputs, words = checkpoint.tensors[f"{module}.qweight"].shape
     return words * 8, inputs
+
+
+def _compressed_tensors(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
+    """From the weight itself, or from packed int32 [O, W] and what weight_shape holds, or bytes [O, B] and scales."""
+    packed = checkpoint.tensors.get(f"{module}.weight_packed")
+    if packed is None:
+        return checkpoint.tensors[f"{module}.weight"].shape
+    outputs, count = packed.shape
+    if packed.dtype == "I32":
+        stored = checkpoint.tensors[f"{module}.weight_shape"]
+        raw = _read(checkpoint, f"{module}.weight_shape")
+        size = 8 if stored.dtype == "I64" else 4
+        return tuple(int.from_bytes(raw[i : i + size], "little", signed=True) for i in range(0, len(raw), size))
+    # Bytes for each scale: 8 hold 16 codes (NVFP4), 16 hold 32 (MXFP4), 24 hold 32 of six bits (MXFP6).
+    codes = {8: 16, 16: 32, 24: 32}
+    groups = checkpoint.tensors[f"{module}.weight_scale"].shape[1]
+    return outputs, groups * codes[count // groups]
 
 
 def _fp8(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
@@ -145,16 +167,20 @@ def _quant_state_shape(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
     name = next((name for name in checkpoint.tensors if name.startswith(prefix)), None)
     if name is None:
         raise CheckpointError(f"{module}: has no quant_state tensor; the checkpoint is incomplete, download it again")
-    info = checkpoint.tensors[name]
-    with (checkpoint.path / checkpoint.weight_map[name]).open("rb") as file:
-        file.seek(info.start)
-        raw = file.read(info.end - info.start)
     try:
-        return tuple(int(n) for n in json.loads(raw)["shape"])
+        return tuple(int(n) for n in json.loads(_read(checkpoint, name))["shape"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{name}: is no JSON with a shape ({error!r}); the checkpoint is damaged, download it again"
         ) from error
+
+
+def _read(checkpoint: Checkpoint, name: str) -> bytes:
+    """The bytes of a small tensor."""
+    info = checkpoint.tensors[name]
+    with (checkpoint.path / checkpoint.weight_map[name]).open("rb") as file:
+        file.seek(info.start)
+        return file.read(info.end - info.start)
 
 
 _SHAPES: dict[str, Callable[[Checkpoint, str], tuple[int, ...]]] = {
@@ -162,6 +188,7 @@ _SHAPES: dict[str, Callable[[Checkpoint, str], tuple[int, ...]]] = {
     "awq": _awq,
     "bnb-int8": lambda checkpoint, module: checkpoint.tensors[f"{module}.weight"].shape,
     "bnb-4bit": _quant_state_shape,
+    "compressed-tensors": _compressed_tensors,
     "fp8": _fp8,
     "mxfp4": _mxfp4,
 }

@@ -23,6 +23,7 @@ from pipeline.shards import TensorGroup
 
 BLOCK = 32  # codes that share a scale
 BYTES = BLOCK // 2
+AT_ONCE = 256  # outputs
 
 
 def dense_shape(group: TensorGroup, quantization: Quantization) -> tuple[int, ...]:  # noqa: ARG001 - the tensors say all
@@ -35,9 +36,16 @@ def dense_shape(group: TensorGroup, quantization: Quantization) -> tuple[int, ..
 def dequantize(group: TensorGroup, quantization: Quantization, rows: slice = ALL) -> Tensor:  # noqa: ARG001 - the protocol's
     """float32 [R, I, O], contiguous, of the experts `rows`: exact, since scales are powers of two."""
     blocks, scales = _tensors(group)
-    weight = fp4_floats(blocks[rows].flatten(-2))
-    tiles.scale(weight, require_finite(group, "scales", scale_floats(scales[rows])), BLOCK)
-    return weight.transpose(1, 2).contiguous()
+    experts, outputs, groups, _ = blocks[rows].shape
+    out = torch.empty(experts, groups * BLOCK, outputs, dtype=torch.float32, device=blocks.device)
+    for expert, codes, exponents in zip(out, blocks[rows], scales[rows], strict=True):
+        factors = require_finite(group, "scales", scale_floats(exponents))
+        # Some outputs at a time: an expert's floats would be as many new pages again, which cost more than the math.
+        for first in range(0, outputs, AT_ONCE):
+            part = slice(first, first + AT_ONCE)
+            weight = tiles.scale(fp4_floats(codes[part].flatten(-2)), factors[part], BLOCK)
+            expert[:, part].copy_(weight.T)
+    return out
 
 
 def _tensors(group: TensorGroup) -> tuple[Tensor, Tensor]:

@@ -32,11 +32,14 @@ def unpack_floats(words: Tensor, bits: int, out: Tensor) -> None:
 
     4 and 8 bits go by the byte, several times as fast as by shifts; a word's lowest byte comes first in memory.
     """
+    if bits in {4, 8}:
+        # Flat first: with a side of one, a contiguous tensor may have any stride, and such cannot be viewed as bytes.
+        stored = words.flatten().view(torch.uint8)
     if bits == 8:  # noqa: PLR2004 - a byte
-        out.copy_(words.view(torch.uint8))
+        out.view(-1).copy_(stored)
     elif bits == 4:  # noqa: PLR2004 - half a byte
         every = torch.arange(256, device=words.device)
-        look_up(torch.stack((every & 15, every >> 4), dim=1).float(), words.view(torch.uint8).flatten(), out.view(-1))
+        look_up(torch.stack((every & 15, every >> 4), dim=1).float(), stored, out.view(-1))
     else:
         out.copy_(unpack(words, bits))
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.formats.words import unpack
+from pipeline.formats.words import unpack, unpack_floats
 from tests.formats.groups import words
 
 
@@ -34,3 +34,13 @@ def test_any_codes_come_back(bits, data):
     stored = torch.tensor([words(codes, bits)], dtype=torch.int32)
     assert unpack(stored, bits).tolist() == [codes]
     assert unpack(stored.expand(3, 2, -1), bits).tolist() == [[codes] * 2] * 3
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_column_of_words_is_read_as_a_row_is(bits):
+    """[N, 1] counts as contiguous whatever its strides are."""
+    stored = torch.arange(24, dtype=torch.int32).reshape(bits, -1)[:, :8].T.contiguous()
+    column = stored if bits == 3 else torch.arange(7, dtype=torch.int32).reshape(1, 7).T.contiguous()
+    out = torch.empty(len(column), column.shape[1] * 32 // bits)
+    unpack_floats(column, bits, out)
+    assert torch.equal(out, unpack(column, bits).float())

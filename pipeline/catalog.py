@@ -35,6 +35,7 @@ class Format:
     components: tuple[str, ...]
     bits: tuple[int, ...] = ()
     layouts: tuple[str, ...] = ()
+    otherwise: str = "use the library that wrote it"
     weight: str = ".weight"
     needs: tuple[str, ...] = ()
     leftovers: tuple[str, ...] = ()
@@ -103,12 +104,19 @@ FORMATS: dict[str, Format] = {
         Format(
             name="awq", title="AWQ GEMM", methods=("awq",), module="pipeline.formats.awq",
             markers=(".qweight",), components=(".qweight", ".qzeros", ".scales"), bits=(4,), layouts=("gemm",),
+            otherwise="repack it with gptqmodel",
             dequantize="GEMM, any group size", train="after upcast", quantize="gptqmodel",
             reload="transformers + gptqmodel", libraries=("gptqmodel",),
         ),
         Format(
             name="compressed-tensors", title="compressed-tensors", methods=("compressed-tensors",),
             module="pipeline.formats.compressed_tensors",
+            layouts=(
+                "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
+                "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense",
+                "fakequant",
+            ),
+            otherwise="load it with an older vllm or compressed-tensors; 0.14.0 was the last to know the sparse formats",
             markers=(".weight_packed", ".weight_scale"),
             components=(
                 ".weight", ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx",
@@ -135,6 +143,15 @@ FORMATS: dict[str, Format] = {
             ),
             dequantize="e4m3 and e5m2; scales in blocks, by output or one in all; fused experts; FP4 experts",
             train="after upcast", quantize="no", reload="transformers",
+        ),
+        Format(
+            name="modelopt", title="ModelOpt FP8, NVFP4", methods=("modelopt",), module="pipeline.formats.modelopt",
+            layouts=("fp8", "fp8_per_channel_per_token", "fp8_pb_wo", "nvfp4", "mixed_precision"),
+            otherwise="run it with vllm or TensorRT-LLM",
+            markers=(".weight_scale",), components=(".weight", ".weight_scale", ".weight_scale_2"),
+            leftovers=(".input_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale"),
+            dequantize="FP8 by tensor, output and block; NVFP4; both in one model", train="after upcast",
+            quantize="no", reload="vllm",
         ),
         Format(
             name="mxfp4", title="MXFP4", methods=("mxfp4",), module="pipeline.formats.mxfp4",
@@ -170,7 +187,7 @@ def format_of(quantization: Quantization | None) -> Format:
     rows = [row for row in rows if layout in row.layouts or not row.layouts] or rows
     if rows[0].layouts and layout not in rows[0].layouts:
         known = ", ".join(name for row in FORMATS.values() if method in row.methods for name in row.layouts)
-        raise UnsupportedFormat(f"{method} in layout {layout} cannot be read, only {known}; repack it with gptqmodel")
+        raise UnsupportedFormat(f"{method} in layout {layout} cannot be read, only {known}; {rows[0].otherwise}")
     for row in rows:
         if bits in row.bits or not row.bits:
             return row

@@ -15,11 +15,14 @@ from pipeline.headers import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MODELOPT = "hf_quant_config.json"  # where ModelOpt's exporter says what config.json may leave out
 # What travels along unchanged, beside the weights: configs, tokenizer, chat template, licence, and the code of models
 # that bring their own (copied; it runs only where the recipe trusts it).
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "chat_templates/*.jinja")
 # Written anew by whoever writes weights, or of no meaning to the copy.
-NOT_COMPANIONS = frozenset({INDEX, "config.json", "quantize_config.json", "quant_config.json", "artifact.json"})
+NOT_COMPANIONS = frozenset(
+    {INDEX, "config.json", "quantize_config.json", "quant_config.json", "artifact.json", MODELOPT}
+)
 HUB_PATTERNS = [*COMPANIONS, "*.safetensors"]
 
 
@@ -40,8 +43,15 @@ class Quantization:
 
     @property
     def layout(self) -> str:
-        """What the method's own config calls the way its codes lie, where it says: AWQ's `version`."""
-        return str(self.raw.get("version") or "gemm").lower() if self.method == "awq" else ""
+        """What the method's own config calls the way its codes lie, where it says."""
+        match self.method:
+            case "awq":
+                return str(self.raw.get("version") or "gemm").lower()
+            case "compressed-tensors":
+                return str(self.raw.get("format") or "fakequant")
+            case "modelopt":
+                return str(self.raw.get("quant_algo")).lower()
+        return ""
 
     @staticmethod
     def parse(raw: Mapping[str, Any]) -> Quantization:
@@ -93,7 +103,7 @@ class Checkpoint:
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such folder; name a folder with config.json and safetensors files")
         config = read_json(inside(path, "config.json"))
-        raw = config.get("quantization_config") or config.get("compression_config")
+        raw = config.get("quantization_config") or config.get("compression_config") or _modelopt(path)
         if raw is not None and not isinstance(raw, dict):
             raise CheckpointError(
                 f"{path}/config.json: quantization_config is {type(raw).__name__}, expected an object"
@@ -122,7 +132,8 @@ class Checkpoint:
     @property
     def files(self) -> tuple[str, ...]:
         """Every file that makes the checkpoint what it is."""
-        return ("config.json", *self.companions, *self.shards)
+        modelopt = (MODELOPT,) if (self.path / MODELOPT).is_file() else ()
+        return ("config.json", *modelopt, *self.companions, *self.shards)
 
     @cached_property
     def nbytes(self) -> int:
@@ -207,6 +218,16 @@ def _named_shards(folder: Path) -> dict[str, str]:
         found = f"found {pickles[0]}, a pickle, which is never opened" if pickles else "found none"
         raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}, {found}; convert the weights to safetensors")
     return {}
+
+
+def _modelopt(folder: Path) -> dict[str, Any] | None:
+    """What ModelOpt's own file says as a quantization_config, or None where there is no such file."""
+    if not (folder / MODELOPT).exists():
+        return None
+    found = read_json(inside(folder, MODELOPT)).get("quantization")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{folder / MODELOPT}: has no quantization with quant_algo; download it again")
+    return {"quant_method": "modelopt", "ignore": found.get("exclude_modules"), **found}
 
 
 def _companions(folder: Path) -> tuple[str, ...]:

@@ -190,5 +190,6 @@ _SHAPES: dict[str, Callable[[Checkpoint, str], tuple[int, ...]]] = {
     "bnb-4bit": _quant_state_shape,
     "compressed-tensors": _compressed_tensors,
     "fp8": _fp8,
+    "modelopt": _fp8,
     "mxfp4": _mxfp4,
 }

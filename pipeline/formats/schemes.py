@@ -12,16 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.catalog import FORMATS
 from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, UnsupportedFormat
 from pipeline.formats.components import matches
 
 INT_BITS = range(2, 9)
 FLOAT_BITS = (4, 6, 8)
-FORMATS = (
-    "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
-    "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense", "fakequant",
-)  # fmt: skip
+LAYOUTS = FORMATS["compressed-tensors"].layouts
 # Folded into the weights when the model was made, so that the weights as they are compute what the model does.
 FOLDED = ("weight_input", "weight_output")
 PATTERN = "re:"
@@ -175,8 +173,8 @@ def _block(strategy: str, weights: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _check_format(name: Any) -> None:
-    if name not in FORMATS:
+    if name not in LAYOUTS:
         raise UnsupportedFormat(
-            f"compressed-tensors in format {name} cannot be read, only {', '.join(FORMATS[:-3])}; load it with an older "
-            "vllm or compressed-tensors, of which 0.14.0 was the last to know the sparse formats"
+            f"compressed-tensors in layout {name} cannot be read, only {', '.join(LAYOUTS)}; "
+            f"{FORMATS['compressed-tensors'].otherwise}"
         )

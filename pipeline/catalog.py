@@ -116,7 +116,7 @@ FORMATS: dict[str, Format] = {
                 "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense",
                 "fakequant",
             ),
-            otherwise="load it with an older vllm or compressed-tensors; 0.14.0 was the last to know the sparse formats",
+            otherwise="load it with an older vllm or compressed-tensors (0.14.0 was the last to know sparse ones)",
             markers=(".weight_packed", ".weight_scale"),
             components=(
                 ".weight", ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx",

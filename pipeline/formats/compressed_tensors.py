@@ -30,7 +30,7 @@ from pipeline.formats import tiles
 from pipeline.formats.components import ALL, FLOATS, WORDS, require, require_finite
 from pipeline.formats.schemes import Scheme, check_model, scheme_of
 from pipeline.formats.small_floats import E8M0, FP8, fp4_floats, fp6_floats, fp8_floats, scale_floats
-from pipeline.formats.words import WORD, unpack, unpack_floats
+from pipeline.formats.words import WORD, unpack_floats
 from pipeline.shards import TensorGroup
 
 FP6_GROUP = 24  # bytes of 32 codes
@@ -105,9 +105,8 @@ def _codes(packed: _Packed, first: int, last: int) -> Tensor:
 
 def _word_floats(words: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` codes of each row of `words` int32 [R, W] as float32 [R, count], contiguous."""
-    if WORD % bits:
-        padded = torch.nn.functional.pad(words, (0, -words.shape[1] % bits))
-        return unpack(padded, bits)[:, :count].float()
+    if WORD % bits:  # a row ends where its last word does, not where the pattern of straddling codes begins anew
+        words = torch.nn.functional.pad(words, (0, -words.shape[1] % bits))
     out = torch.empty(len(words), words.shape[1] * WORD // bits, dtype=torch.float32, device=words.device)
     unpack_floats(words, bits, out)
     return out[:, :count].contiguous()

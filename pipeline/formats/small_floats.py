@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pipeline.formats.words import look_up, unpack
+from pipeline.formats.words import look_up, unpack_floats
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 E8M0 = (torch.uint8, torch.float8_e8m0fnu)  # a byte, under both names that checkpoints give it
@@ -40,8 +40,9 @@ def fp4_floats(packed: Tensor) -> Tensor:
 
 def fp6_floats(packed: Tensor) -> Tensor:
     """uint8 [R, N], four e2m3 codes in three bytes, as float32 [R, 4 N / 3]; N is a multiple of 24."""
-    codes = unpack(packed.contiguous().view(torch.int32), FP6_BITS)
-    return torch.index_select(_fp6_values(packed.device), 0, codes.flatten()).view(codes.shape)
+    out = torch.empty(len(packed), packed.shape[1] // 3 * 4, dtype=torch.float32, device=packed.device)
+    unpack_floats(packed.contiguous().view(torch.int32), FP6_BITS, out)
+    return torch.index_select(_fp6_values(packed.device), 0, out.int().flatten()).view(out.shape)
 
 
 def scale_floats(scales: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ integrations/fbgemm_fp8.py), I in and O out features:
 - `weight_scale_inv`, also called `weight_scale`, `scale` or `qscale_weight`: a multiplier under each of its names, in
   any float dtype or as E8M0 bytes; [ceil(O / b0), ceil(I / b1)] for `weight_block_size` [b0, b1] (128 x 128 unless the
   config says otherwise), [O, 1] or [O] for each output, a scalar or [1] for the whole.
-- fused experts: `<name>` [E, O, I] itself, and `<name>_scale_inv` or `<name>_scale` with E in front, or [E, 1, I].
+- fused experts: `<name>` [E, O, I] itself, and `<name>_scale_inv` or `<name>_scale` with E in front, or [E, 1, I]; two
+  rows of scales for `gate_up_proj` are its halves', however many outputs they have.
 - `expert_dtype` fp4: `weight` int8 [O, I / 2], two e2m1 codes in each byte, and scales [O, I / 32].
 
 W = code * scale.
@@ -76,13 +77,14 @@ def scaled(group: TensorGroup, quantization: Quantization) -> Scaled:
     scale_name, scales = _scales(group)
     four_bits = codes.dtype in FP4
     shape = (*codes.shape[:-1], codes.shape[-1] * 2) if four_bits else tuple(codes.shape)
-    if len(shape) not in (2, 3) or not codes.numel():
+    if len(shape) not in {2, 3} or not codes.numel():
         raise CheckpointError(
             f"{group.module}: weight has shape {list(codes.shape)}, expected a matrix, or one for each expert; "
             "download the checkpoint again"
         )
     block = FP4_BLOCK if four_bits else _block_size(quantization)
-    grid, block = _grid(scales, shape, block) or _refuse(group, scale_name, scales, shape, block)
+    halves = len(shape) == 3 and group.module.endswith("gate_up_proj")  # noqa: PLR2004 - experts
+    grid, block = _grid(scales, shape, block, halves=halves) or _refuse(group, scale_name, scales, shape, block)
     return Scaled(codes=codes, scales=grid, block=block, shape=shape, scale_name=scale_name)
 
 
@@ -97,7 +99,9 @@ def _scales(group: TensorGroup) -> tuple[str, Tensor]:
     return names[0], require(group, names[0], dtypes=(*FLOATS, *E8M0))
 
 
-def _grid(scales: Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[Tensor, tuple[int, int]] | None:
+def _grid(
+    scales: Tensor, shape: tuple[int, ...], block: tuple[int, int], *, halves: bool
+) -> tuple[Tensor, tuple[int, int]] | None:
     """`scales` with the weight's rank, and how many rows and columns one of them is for; None where they do not fit."""
     *experts, outputs, inputs = shape
     if scales.numel() == 1:
@@ -108,6 +112,8 @@ def _grid(scales: Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> tup
         scales = scales[:, None, None] if experts else scales[:, None]
     if scales.ndim != len(shape) or list(scales.shape[:-2]) != experts:
         return None
+    if halves and scales.shape[-2] == 2:  # noqa: PLR2004
+        block = (outputs // 2, block[1])
     height = _length(outputs, scales.shape[-2], block[0])
     width = _length(inputs, scales.shape[-1], block[1])
     return (scales, (height, width)) if height and width else None

@@ -112,7 +112,7 @@ def test_fused_experts_have_their_scales_one_after_another(grid):
     generator = torch.Generator().manual_seed(2)
     codes = torch.randn(3, 40, 96, generator=generator).to(E4M3)
     scales = torch.rand(grid, generator=generator)
-    group = packed({"": codes, "scale_inv": scales}, "mlp.experts.gate_up_proj")
+    group = packed({"": codes, "scale_inv": scales}, "mlp.experts.down_proj")
     wide = scales[:, None, None] if grid == (3,) else scales
     if grid == (3, 2, 3):
         wide = scales.repeat_interleave(32, 1)[:, :40].repeat_interleave(32, 2)
@@ -120,6 +120,18 @@ def test_fused_experts_have_their_scales_one_after_another(grid):
     assert torch.equal(fp8.dequantize(group, fp8_config(32, 32)), expected)
     assert torch.equal(by_rows(fp8, group, fp8_config(32, 32), step=1), expected)
     assert fp8.dense_shape(group, fp8_config(32, 32)) == (3, 40, 96)
+
+
+@pytest.mark.parametrize("rows", [16, 40, 64])
+def test_two_rows_of_scales_for_gate_and_up_are_one_for_each(rows):
+    """As transformers allots them; 80 outputs in blocks of 64 would else be 64 and 16."""
+    codes = torch.randn(3, 2 * rows, 32).to(E4M3)
+    scales = torch.rand(3, 2, 1)
+    group = packed({"": codes, "scale_inv": scales}, "mlp.experts.gate_up_proj")
+    expected = codes.float() * scales.repeat_interleave(rows, 1)
+    assert torch.equal(fp8.dequantize(group, fp8_config(64, 64)), expected)
+    expected = Fp8Dequantize(None)._dequantize_one(codes, scales, output_dtype=torch.float32)
+    assert torch.equal(fp8.dequantize(group, fp8_config(64, 64)), expected)
 
 
 def test_which_tensors_belong_together():

@@ -261,6 +261,21 @@ def test_a_name_that_no_target_knows_has_the_only_scheme_there_is():
     assert compressed_tensors.dequantize(packed(eight(), "model.lm.up_proj"), only)[0].tolist() == EIGHT
 
 
+def test_which_tensors_belong_together():
+    """What quantized activations and caches need is left over; a dense module keeps its weight."""
+    row = FORMATS["compressed-tensors"]
+    left = ["a.up.input_scale", "a.up.input_zero_point", "a.up.input_global_scale", "a.attn.k_scale", "a.attn.v_scale"]
+    names = [
+        "a.up.weight_packed", "a.up.weight_scale", "a.up.weight_shape", "a.up.bias", "a.norm.weight", *left,
+        "a.down.weight", "a.down.weight_scale", "lm_head.weight",
+    ]  # fmt: skip
+    assert row.packed_modules(names) == {
+        "a.down": (".weight", ".weight_scale"),
+        "a.up": (".weight_packed", ".weight_scale", ".weight_shape"),
+    }
+    assert [name for name in names if name.endswith(row.leftovers)] == left
+
+
 WHOLE8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
 FP8 = {"weight": torch.ones(2, 8).to(E4M3), "weight_scale": torch.ones(2, 1)}
 ONLINE = {"config_groups": {"R3": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}}

@@ -21,7 +21,9 @@ class Format:
 
     A module is packed when the tensor `<module><marker>` exists for one of the markers; its packed tensors are
     `<module><component>`, and together they become the dense tensor `<module><weight>`. A component that ends in `*`
-    stands for every name that begins so. `leftovers` end the names of what quantized activations need and a dense model
+    stands for every name that begins so. A module whose weight goes by the module's own name (component "") becomes the
+    tensor `<module>`. `needs`, if any, are components of which a module has one, or else its marker means something
+    else. `leftovers` end the names of what quantized activations need and a dense model
     has no place for. `methods` are the `quant_method`s that the row reads, with these `bits` (none: any) and in these
     `layouts` (none: any).
     """
@@ -34,8 +36,10 @@ class Format:
     components: tuple[str, ...]
     bits: tuple[int, ...] = ()
     layouts: tuple[str, ...] = ()
+    otherwise: str = "use the library that wrote it"
     weight: str = ".weight"
     activations: Literal["", "int8", "float8"] = ""
+    needs: tuple[str, ...] = ()
     leftovers: tuple[str, ...] = ()
     dequantize: str
     train: str
@@ -46,9 +50,11 @@ class Format:
     def packed_modules(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Module → its components among tensor `names`, sorted; module and component joined are the tensor's name."""
         names = set(names)
-        modules: dict[str, list[str]] = {
-            name.removesuffix(marker): [] for name in names for marker in self.markers if name.endswith(marker)
-        }
+        modules: dict[str, list[str]] = {}
+        for name in names:
+            marker = next((marker for marker in self.markers if name.endswith(marker)), None)
+            if marker is not None:
+                modules[name.removesuffix(marker)] = []
         for name in names if modules else ():
             for component in self.components:
                 stem = component.rstrip("*")
@@ -56,7 +62,15 @@ class Format:
                 if cut >= 0 and name[:cut] in modules:
                     modules[name[:cut]].append(name[cut:])
                     break
-        return {module: tuple(sorted(found)) for module, found in sorted(modules.items())}
+        return {
+            module: tuple(sorted(found))
+            for module, found in sorted(modules.items())
+            if not self.needs or any(part in self.needs for part in found)
+        }
+
+    def dense_name(self, module: str, parts: Iterable[str]) -> str:
+        """The dense tensor that a module's components become together."""
+        return module if "" in parts else module + self.weight
 
 
 DENSE = Format(
@@ -92,6 +106,7 @@ FORMATS: dict[str, Format] = {
         Format(
             name="awq", title="AWQ GEMM", methods=("awq",), module="pipeline.formats.awq",
             markers=(".qweight",), components=(".qweight", ".qzeros", ".scales"), bits=(4,), layouts=("gemm",),
+            otherwise="repack it with gptqmodel",
             dequantize="GEMM, any group size", train="after upcast", quantize="gptqmodel",
             reload="transformers + gptqmodel", libraries=("gptqmodel",),
         ),
@@ -102,14 +117,62 @@ FORMATS: dict[str, Format] = {
             dequantize="every type of the gguf package, split files", train="after upcast", quantize="no",
             reload="transformers + gguf", libraries=("gguf",),
         ),
+        Format(
+            name="compressed-tensors", title="compressed-tensors", methods=("compressed-tensors",),
+            module="pipeline.formats.compressed_tensors",
+            layouts=(
+                "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
+                "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense",
+                "fakequant",
+            ),
+            otherwise="load it with an older vllm or compressed-tensors (0.14.0 was the last to know sparse ones)",
+            markers=(".weight_packed", ".weight_scale"),
+            components=(
+                ".weight", ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx",
+                ".weight_global_scale",
+            ),
+            leftovers=tuple(
+                f".{what}_{part}"
+                for what in ("input", "output", "q", "k", "v")
+                for part in ("scale", "zero_point", "global_scale")
+            ),
+            dequantize="pack-, int-, float- and naive-quantized, NVFP4, MXFP4, MXFP6, MXFP8, several in one model",
+            train="after upcast", quantize="no", reload="transformers + compressed-tensors",
+        ),
+        Format(
+            name="fp8", title="FP8", methods=("fp8", "fbgemm_fp8"), module="pipeline.formats.fp8",
+            markers=(".weight_scale_inv", ".weight_scale", ".qscale_weight", ".scale", "_scale_inv", "_scale"),
+            components=(
+                ".weight", ".weight_scale_inv", ".weight_scale", ".qscale_weight", ".scale", "_scale_inv", "_scale", "",
+            ),
+            needs=(".weight", ""),
+            leftovers=(
+                "activation_scale", ".input_scale", ".input_scale_ub", ".output_scale", ".k_scale", ".v_scale",
+                ".q_scale", ".prob_output_scale", ".qscale_act",
+            ),
+            dequantize="e4m3 and e5m2; scales in blocks, by output or one in all; fused experts; FP4 experts",
+            train="after upcast", quantize="no", reload="transformers",
+        ),
+        Format(
+            name="modelopt", title="ModelOpt FP8, NVFP4", methods=("modelopt",), module="pipeline.formats.modelopt",
+            layouts=("fp8", "fp8_per_channel_per_token", "fp8_pb_wo", "nvfp4", "mixed_precision"),
+            otherwise="run it with vllm or TensorRT-LLM",
+            markers=(".weight_scale",), components=(".weight", ".weight_scale", ".weight_scale_2"),
+            leftovers=(".input_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale"),
+            dequantize="FP8 by tensor, output and block; NVFP4; both in one model", train="after upcast",
+            quantize="no", reload="vllm",
+        ),
+        Format(
+            name="mxfp4", title="MXFP4", methods=("mxfp4",), module="pipeline.formats.mxfp4",
+            markers=("_blocks",), components=("_blocks", "_scales"), weight="",
+            dequantize="gpt-oss experts", train="after upcast", quantize="no",
+            reload="transformers + kernels",
+        ),
     )
 }  # fmt: skip
 
 # What cannot be read here, and the tool that can.
 READ_ELSEWHERE = {
-    "compressed-tensors": "load it with transformers, which dequantizes it while loading",
-    "fp8": "load it with transformers and FineGrainedFP8Config(dequantize=True)",
-    "mxfp4": "load it with transformers and Mxfp4Config(dequantize=True)",
     "hqq": "load it with the hqq library",
     "torchao": "load it with transformers and torchao",
     "quanto": "load it with transformers and optimum-quanto",
@@ -132,7 +195,7 @@ def format_of(quantization: Quantization | None) -> Format:
     rows = [row for row in rows if layout in row.layouts or not row.layouts] or rows
     if rows[0].layouts and layout not in rows[0].layouts:
         known = ", ".join(name for row in FORMATS.values() if method in row.methods for name in row.layouts)
-        raise UnsupportedFormat(f"{method} in layout {layout} cannot be read, only {known}; repack it with gptqmodel")
+        raise UnsupportedFormat(f"{method} in layout {layout} cannot be read, only {known}; {rows[0].otherwise}")
     for row in rows:
         if bits in row.bits or not row.bits:
             return row

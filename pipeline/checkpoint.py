@@ -16,12 +16,14 @@ from pipeline.headers import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MODELOPT = "hf_quant_config.json"  # where ModelOpt's exporter says what config.json may leave out
 # What travels along unchanged, beside the weights: configs, tokenizer, chat template, licence, and the code of models
 # that bring their own (copied; it runs only where the recipe trusts it).
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "chat_templates/*.jinja")
 # Written anew by whoever writes weights, or of no meaning to the copy.
-NOT_COMPANIONS = frozenset({INDEX, "config.json", "quantize_config.json", "quant_config.json", "artifact.json"})
-HUB_PATTERNS = [*COMPANIONS, "*.safetensors"]
+NOT_COMPANIONS = frozenset(
+    {INDEX, "config.json", "quantize_config.json", "quant_config.json", "artifact.json", MODELOPT}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +43,15 @@ class Quantization:
 
     @property
     def layout(self) -> str:
-        """What the method's own config calls the way its codes lie, where it says: AWQ's `version`."""
-        return str(self.raw.get("version") or "gemm").lower() if self.method == "awq" else ""
+        """What the method's own config calls the way its codes lie, where it says."""
+        match self.method:
+            case "awq":
+                return str(self.raw.get("version") or "gemm").lower()
+            case "compressed-tensors":
+                return str(self.raw.get("format") or "fakequant")
+            case "modelopt":
+                return str(self.raw.get("quant_algo")).lower()
+        return ""
 
     @staticmethod
     def parse(raw: Mapping[str, Any]) -> Quantization:
@@ -100,7 +109,7 @@ class Checkpoint:
                 f"{path}: no such folder; name a folder with config.json and safetensors files, or a {SUFFIX} file"
             )
         config = read_json(inside(path, "config.json"))
-        raw = config.get("quantization_config") or config.get("compression_config")
+        raw = config.get("quantization_config") or config.get("compression_config") or _modelopt(path)
         if raw is not None and not isinstance(raw, dict):
             raise CheckpointError(
                 f"{path}/config.json: quantization_config is {type(raw).__name__}, expected an object"
@@ -137,7 +146,10 @@ class Checkpoint:
     @property
     def files(self) -> tuple[str, ...]:
         """Every file of the folder that makes the checkpoint what it is."""
-        return self.shards if self.is_gguf else ("config.json", *self.companions, *self.shards)
+        if self.is_gguf:
+            return self.shards
+        modelopt = (MODELOPT,) if (self.path / MODELOPT).is_file() else ()
+        return ("config.json", *modelopt, *self.companions, *self.shards)
 
     @cached_property
     def nbytes(self) -> int:
@@ -148,20 +160,6 @@ class Checkpoint:
     def model_type(self) -> str:
         """Transformers' name of the architecture."""
         return str(self.config.get("model_type", ""))
-
-
-def open_source(source: str) -> Checkpoint:
-    """Open a folder, a GGUF file or a hub id[@revision]; a hub id is taken from the local cache or fetched."""
-    path = Path(source)
-    if path.is_dir() or is_gguf(path):
-        return Checkpoint.open(path)
-    repository, _, revision = source.partition("@")
-    if source.startswith((".", "/", "~")) or repository.count("/") != 1 or source.endswith(SUFFIX):
-        raise CheckpointError(
-            f"{source}: no such folder; name a folder, a hub id such as org/model, a {SUFFIX} file, or a store "
-            "reference"
-        )
-    return Checkpoint.open(_snapshot(repository, revision or None))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -256,24 +254,19 @@ def copy_companions(source: Path, folder: Path) -> None:
         shutil.copyfile(source / name, folder / name)
 
 
+def _modelopt(folder: Path) -> dict[str, Any] | None:
+    """What ModelOpt's own file says as a quantization_config, or None where there is no such file."""
+    if not (folder / MODELOPT).exists():
+        return None
+    found = read_json(inside(folder, MODELOPT)).get("quantization")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{folder / MODELOPT}: has no quantization with quant_algo; download it again")
+    return {"quant_method": "modelopt", "ignore": found.get("exclude_modules"), **found}
+
+
 def _companions(folder: Path) -> tuple[str, ...]:
     names = {path.relative_to(folder).as_posix() for pattern in COMPANIONS for path in folder.glob(pattern)}
     kept = sorted(name for name in names - NOT_COMPANIONS if (folder / name).is_file())
     for name in kept:
         inside(folder, name)
     return tuple(kept)
-
-
-def _snapshot(repository: str, revision: str | None) -> Path:
-    """The hub's local snapshot of a repository, fetched unless the cache holds it."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_PATTERNS))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        where = f"{repository}@{revision}" if revision else repository
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{where}: no such folder, and the hub did not give it ({reason}); check the name, the network and HF_TOKEN"
-        ) from error

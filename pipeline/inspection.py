@@ -100,7 +100,7 @@ def _bits(checkpoint: Checkpoint, row: Format, sizes: Sizes) -> dict[int, int]:
     for module, parts in packed_modules(checkpoint, row).items():
         infos = [checkpoint.tensors[module + part] for part in parts]
         # A GGUF tensor has its dense shape itself, and the sizes call it by another name.
-        shape = checkpoint.tensors[module].shape if checkpoint.is_gguf else sizes.shapes[module + row.weight]
+        shape = checkpoint.tensors[module].shape if checkpoint.is_gguf else sizes.shapes[row.dense_name(module, parts)]
         weights = math.prod(shape)
         counts[round(8 * max(info.end - info.start for info in infos) / max(1, weights))] += 1
     return dict(sorted(counts.items()))

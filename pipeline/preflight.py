@@ -7,12 +7,13 @@ from pathlib import Path
 from pipeline.argument_names import check_arguments
 from pipeline.artifacts import REFERENCE, VERSION, Store
 from pipeline.catalog import FORMATS, format_to, require_libraries
-from pipeline.checkpoint import Checkpoint, open_source
+from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DataError
 from pipeline.gguf_files import is_gguf
 from pipeline.recipe import Recipe
 from pipeline.rows import check_rows, lacks_chat_template
 from pipeline.sizes import Sizes, check_target
+from pipeline.sources import open_source
 
 ROWS_CHECKED = 1000  # the plan looks at the first rows; the stage at all of them
 

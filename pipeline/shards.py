@@ -73,8 +73,8 @@ class ShardReader:
             elif module not in done:
                 done.add(module)
                 names = {part.lstrip("._"): module + part for part in packed[module]}
-                tensors = _Lazy(self, names)
-                yield TensorGroup(module=module, dense_name=module + row.weight, tensors=tensors, packed=True)
+                dense_name = row.dense_name(module, packed[module])
+                yield TensorGroup(module=module, dense_name=dense_name, tensors=_Lazy(self, names), packed=True)
 
 
 class _Lazy(Mapping[str, torch.Tensor]):

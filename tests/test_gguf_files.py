@@ -8,13 +8,14 @@ import pytest
 from flows import cli
 from pipeline.artifacts import Store
 from pipeline.catalog import FORMATS, format_of
-from pipeline.checkpoint import Checkpoint, open_source
+from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, CorruptShard, DataError, UnexpectedTensor, UnsafePath
 from pipeline.gguf_shards import GGUFReader
 from pipeline.plan import make_plan
 from pipeline.preflight import open_model
 from pipeline.recipe import parse_recipe
 from pipeline.sizes import dense_sizes
+from pipeline.sources import open_source
 from tests import gguf_models as models
 from tests.checkpoints import tiny_llama
 
@@ -129,7 +130,7 @@ def test_sizes_are_the_dense_shapes_with_an_entry_for_each_expert(tmp_path):
 def test_inspect_says_what_a_gguf_file_is_and_try_says_what_to_do_first(one, capsys):
     assert cli.run(["inspect", str(one), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert (said["format"], said["bits"], said["shards"], said["problems"]) == ("GGUF", {"4": 16}, 1, [])
+    assert (said["format"], said["bits"], said["shards"], said["problems"]) == ("GGUF", {"4": 8, "7": 8}, 1, [])
     assert cli.run(["try", str(one), "--prompt", "a"]) == 2
     assert "is a GGUF file; run requant upcast on it first" in " ".join(capsys.readouterr().err.split())
 

@@ -11,10 +11,10 @@ from cyclopts import Parameter
 from flows.tables import plan_rows, result_rows
 from flows.terminal import ERR, OUT, print_json, show_plan, show_results, showing_progress
 from pipeline import outcome
-from pipeline.checkpoint import open_source
 from pipeline.errors import InputError
 from pipeline.plan import Plan, make_plan
 from pipeline.recipe import Recipe, load_recipe
+from pipeline.sources import open_source
 
 Set = Annotated[list[str], Parameter(name="--set", negative="")]
 Json = Annotated[bool, Parameter(name="--json", negative="")]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from pipeline.shards import TensorGroup
 ALL = slice(None)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WORDS = (torch.int32,)
+PATTERN_SECONDS = 1.0  # a name takes microseconds; what takes longer was written to hang
 
 
 def require(
@@ -56,6 +57,20 @@ def all_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)  # both propagate NaN
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def matches(pattern: str, name: str, *, key: str) -> bool:
+    """Whether a regular expression from quantization_config's `key` matches `name` from its start.
+
+    Raise CheckpointError where it is none, or takes longer than PATTERN_SECONDS: checkpoints come from anywhere.
+    """
+    where = f"config.json: quantization_config.{key} pattern {pattern[:80]!r}"
+    try:
+        return regex.match(pattern, name, timeout=PATTERN_SECONDS) is not None
+    except TimeoutError as error:
+        raise CheckpointError(f"{where} takes too long to match {name}; write a simpler one") from error
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"{where} is no regular expression ({error}); fix config.json") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,16 +121,11 @@ def _override(module: str, dynamic: Any) -> dict[str, Any]:
             f"config.json: quantization_config.dynamic is {type(dynamic).__name__}, expected an object of patterns"
         )
     for pattern, values in dynamic.items():
-        try:
-            matches = re.match(re.sub(r"^[-+]:", "", pattern), module)
-        except re.error as error:
-            raise CheckpointError(
-                f"config.json: quantization_config.dynamic pattern {pattern!r} is no regular expression ({error})"
-            ) from error
-        if matches and pattern.startswith("-:"):
+        if not matches(regex.sub(r"^[-+]:", "", pattern), module, key="dynamic"):
+            continue
+        if pattern.startswith("-:"):
             raise CheckpointError(
                 f"{module}: is packed, but quantization_config.dynamic {pattern!r} says it is dense; fix config.json"
             )
-        if matches:
-            return dict(values or {})
+        return dict(values or {})
     return {}

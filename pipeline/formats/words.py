@@ -30,15 +30,35 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 def unpack_floats(words: Tensor, bits: int, out: Tensor) -> None:
     """Write the codes of int32 `words` [R, W] into `out`, contiguous float32 [R, W * 32 // bits].
 
-    4 and 8 bits go by the byte, several times as fast as by shifts; a word's lowest byte comes first in memory.
+    All go by the byte, several times as fast as by words; a word's lowest byte comes first in memory.
     """
-    if bits == 8:  # noqa: PLR2004 - a byte
-        out.copy_(words.view(torch.uint8))
-    elif bits == 4:  # noqa: PLR2004 - half a byte
-        every = torch.arange(256, device=words.device)
-        look_up(torch.stack((every & 15, every >> 4), dim=1).float(), words.view(torch.uint8).flatten(), out.view(-1))
-    else:
-        out.copy_(unpack(words, bits))
+    # Flat first: with a side of one, a contiguous tensor may have any stride, and such cannot be viewed as bytes.
+    stored = words.flatten().view(torch.uint8)
+    every = torch.arange(256, device=words.device)
+    match bits:
+        case 8:
+            out.view(-1).copy_(stored)
+        case 4:
+            look_up(torch.stack((every & 15, every >> 4), dim=1).float(), stored, out.view(-1))
+        case 2:
+            table = torch.stack([every >> shift & 3 for shift in (0, 2, 4, 6)], dim=1).float()
+            # Four floats move as one complex number of two doubles.
+            flat, codes = out.view(-1).view(torch.complex128), table.view(torch.complex128).flatten()
+            torch.index_select(codes, 0, stored.int(), out=flat)
+        case _:
+            _straddling_floats(stored, bits, out)
+
+
+def _straddling_floats(stored: Tensor, bits: int, out: Tensor) -> None:
+    """Write the codes of uint8 `stored` into `out`: 8 of them share `bits` bytes, and no code more than two."""
+    octets = out.view(-1, 8)
+    columns = stored.view(-1, bits).T.contiguous().to(torch.int16)
+    for code in range(8):
+        byte, shift = divmod(code * bits, 8)
+        value = columns[byte] >> shift
+        if shift + bits > 8:  # noqa: PLR2004 - a byte
+            value.bitwise_or_(columns[byte + 1] << (8 - shift))
+        octets[:, code] = value.bitwise_and_((1 << bits) - 1)
 
 
 def look_up(pairs: Tensor, indices: Tensor, out: Tensor) -> None:

@@ -139,6 +139,15 @@ def test_what_is_malformed_is_refused_in_a_sentence(change, config, error, said)
         gptq.dequantize(packed(tensors), quantized("gptq", **({"bits": 4, "group_size": 8} | config)))
 
 
+def test_a_dynamic_pattern_that_backtracks_forever_does_not_hang():
+    config = {"bits": 4, "group_size": 8, **V2}
+    harmless = quantized("gptq", dynamic={"(a+)+$": {"bits": 8}}, **config)
+    assert gptq.dequantize(packed(eight(), "a" * 80 + ".proj"), harmless)[0].tolist() == EIGHT
+    hostile = quantized("gptq", dynamic={"(x{1,9999}){1,9999}" * 50: {"bits": 8}}, **config)
+    with pytest.raises(CheckpointError, match=r"dynamic pattern .* takes too long"):
+        gptq.dequantize(packed(eight(), "x" * 100), hostile)
+
+
 def test_every_layout_gptqmodel_packs_is_read_as_its_kernel_reads_it(gptqmodel_folder):
     """The kernel rounds (code - zero) * scale to float16; the exact product rounds to that."""
     cases = json.loads((gptqmodel_folder / "cases.json").read_text())

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.formats.words import unpack
+from pipeline.formats.words import unpack, unpack_floats
 from tests.formats.groups import words
 
 
@@ -34,3 +34,22 @@ def test_any_codes_come_back(bits, data):
     stored = torch.tensor([words(codes, bits)], dtype=torch.int32)
     assert unpack(stored, bits).tolist() == [codes]
     assert unpack(stored.expand(3, 2, -1), bits).tolist() == [[codes] * 2] * 3
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 5), blocks=st.integers(1, 3))
+def test_floats_are_the_same_codes(bits, seed, rows, blocks):
+    generator = torch.Generator().manual_seed(seed)
+    stored = torch.randint(-(2**31), 2**31, (rows, blocks * bits), dtype=torch.int32, generator=generator)
+    out = torch.empty(rows, blocks * 32)
+    unpack_floats(stored, bits, out)
+    assert torch.equal(out, unpack(stored, bits).float())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_column_of_words_is_read_as_a_row_is(bits):
+    """[N, 1] counts as contiguous whatever its strides are."""
+    column = torch.arange(7, dtype=torch.int32).reshape(1, 7).T.contiguous()
+    out = torch.empty(7, 32 // bits)
+    unpack_floats(column, bits, out)
+    assert torch.equal(out, unpack(column, bits).float())

@@ -41,6 +41,11 @@ class Format:
     reload: str
     libraries: tuple[str, ...] = ()
 
+    @property
+    def writable(self) -> bool:
+        """Whether the quantize stage writes it."""
+        return self.name != "dense" and self.quantize != "no"
+
     def packed_modules(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Module → its components among tensor `names`, sorted; module and component joined are the tensor's name."""
         names = set(names)
@@ -89,9 +94,23 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             name="awq", title="AWQ GEMM", methods=("awq",), module="pipeline.formats.awq",
-            markers=(".qweight",), components=(".qweight", ".qzeros", ".scales"), bits=(4,), layouts=("gemm",),
+            markers=(".qweight",), components=(".qweight", ".qzeros", ".scales"), bits=(4,),
+            layouts=("gemm", "exllama", "ipex"),  # the last two are kernels for what lies as GEMM
             dequantize="GEMM, any group size", train="after upcast", quantize="gptqmodel",
             reload="transformers + gptqmodel", libraries=("gptqmodel",),
+        ),
+        Format(
+            name="awq-gemv", title="AWQ GEMV", methods=("awq",), module="pipeline.formats.awq_gemv",
+            markers=(".qweight",), components=(".qweight", ".qzeros", ".scales"), bits=(4,), layouts=("gemv",),
+            dequantize="4 bits, any group size", train="after upcast", quantize="no",
+            reload="after upcast",
+        ),
+        Format(
+            name="awq-gemv-fast", title="AWQ GEMV fast, llm-awq", methods=("awq",),
+            module="pipeline.formats.awq_gemv_fast", markers=(".qweight",),
+            components=(".qweight", ".qzeros", ".scaled_zeros", ".scales"), bits=(4,),
+            layouts=("gemv_fast", "llm-awq"), dequantize="4 bits, any group size", train="after upcast",
+            quantize="no", reload="after upcast",
         ),
     )
 }  # fmt: skip

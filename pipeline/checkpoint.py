@@ -40,8 +40,16 @@ class Quantization:
 
     @property
     def layout(self) -> str:
-        """What the method's own config calls the way its codes lie, where it says: AWQ's `version`."""
-        return str(self.raw.get("version") or "gemm").lower() if self.method == "awq" else ""
+        """What the method's own config calls the way its codes lie, where it says: AWQ's `version`.
+
+        gptqmodel calls it `checkpoint_format` or `format`; `backend` llm-awq wins, as transformers reads it.
+        """
+        if self.method != "awq":
+            return ""
+        if self.raw.get("backend") == "llm-awq":
+            return "llm-awq"
+        named = (self.raw.get(key) for key in ("version", "checkpoint_format", "format"))
+        return str(next((name for name in named if name), "gemm")).lower()
 
     @staticmethod
     def parse(raw: Mapping[str, Any]) -> Quantization:

@@ -109,6 +109,10 @@ def _dense_shape(checkpoint: Checkpoint, row: Format, module: str) -> tuple[int,
             return info("qweight").shape[1], info("qweight").shape[0] * 32 // bits
         case "awq":  # qweight [I, O/8] int32
             return info("qweight").shape[1] * 8, info("qweight").shape[0]
+        case "awq-gemv":  # qweight [O, I/8] int32
+            return info("qweight").shape[0], info("qweight").shape[1] * 8
+        case "awq-gemv-fast":  # qweight [O/4, I] int16
+            return info("qweight").shape[0] * 4, info("qweight").shape[1]
         case "bnb-int8":
             return info("weight").shape
         case "bnb-4bit":

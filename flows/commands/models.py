@@ -45,7 +45,7 @@ def inspect(model: str, *, store: str = "artifacts", json: Json = False) -> None
             "bytes_as_bfloat16": sizes.dense_bytes("bfloat16"),
         }
         facts["quantized_modules"] = len(row.packed_modules(checkpoint.tensors))
-        facts["becomes"] = ["bfloat16", *(other.title for other in FORMATS.values() if other.name != "dense")]
+        facts["becomes"] = ["bfloat16", *(other.title for other in FORMATS.values() if other.writable)]
     except UnsupportedFormat as error:
         facts |= {"format": quantization.method if quantization else "unknown", "cannot_be_read": str(error)}
     if quantization:

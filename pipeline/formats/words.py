@@ -35,10 +35,15 @@ def unpack_floats(words: Tensor, bits: int, out: Tensor) -> None:
     if bits == 8:  # noqa: PLR2004 - a byte
         out.copy_(words.view(torch.uint8))
     elif bits == 4:  # noqa: PLR2004 - half a byte
-        every = torch.arange(256, device=words.device)
-        look_up(torch.stack((every & 15, every >> 4), dim=1).float(), words.view(torch.uint8).flatten(), out.view(-1))
+        look_up(nibble_pairs(words.device), words.view(torch.uint8).flatten(), out.view(-1))
     else:
         out.copy_(unpack(words, bits))
+
+
+def nibble_pairs(device: torch.device) -> Tensor:
+    """What each byte holds, low nibble first, as float32 [256, 2]."""
+    every = torch.arange(256, device=device)
+    return torch.stack((every & 15, every >> 4), dim=1).float()
 
 
 def look_up(pairs: Tensor, indices: Tensor, out: Tensor) -> None:

@@ -112,6 +112,13 @@ FORMATS: dict[str, Format] = {
             layouts=("gemv_fast", "llm-awq"), dequantize="4 bits, any group size", train="after upcast",
             quantize="no", reload="after upcast",
         ),
+        Format(
+            name="auto-round", title="AutoRound", methods=("auto-round", "intel/auto-round"),
+            module="pipeline.formats.auto_round", markers=(".qweight",),
+            components=(".qweight", ".qzeros", ".scales", ".g_idx"), bits=(2, 3, 4, 8),
+            dequantize="its GPTQ and AWQ layouts; other bits and group sizes for single modules",
+            train="after upcast", quantize="no", reload="after upcast",
+        ),
     )
 }  # fmt: skip
 
@@ -125,7 +132,6 @@ READ_ELSEWHERE = {
     "torchao": "load it with transformers and torchao",
     "quanto": "load it with transformers and optimum-quanto",
     "aqlm": "load it with transformers and aqlm",
-    "auto-round": "load it with the auto-round library",
 }
 
 

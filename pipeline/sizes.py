@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pipeline.catalog import Format, bits_per_weight
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import CheckpointError, UnsupportedFormat
+from pipeline.errors import CheckpointError, MissingTensor, UnsupportedFormat
 from pipeline.headers import TensorInfo
 from pipeline.targets import AWQTarget, GPTQTarget, Target
 
@@ -98,9 +98,9 @@ def check_target(sizes: Sizes, target: Target) -> None:
                 )
 
 
-def _dense_shape(checkpoint: Checkpoint, row: Format, module: str) -> tuple[int, ...]:
+def _dense_shape(checkpoint: Checkpoint, row: Format, module: str) -> tuple[int, ...]:  # noqa: PLR0911 - one a row
     def info(part: str) -> TensorInfo:
-        return checkpoint.tensors[f"{module}.{part}"]
+        return _info(checkpoint, f"{module}.{part}")
 
     assert checkpoint.quantization is not None
     match row.name:
@@ -113,11 +113,26 @@ def _dense_shape(checkpoint: Checkpoint, row: Format, module: str) -> tuple[int,
             return info("qweight").shape[0], info("qweight").shape[1] * 8
         case "awq-gemv-fast":  # qweight [O/4, I] int16
             return info("qweight").shape[0] * 4, info("qweight").shape[1]
+        case "auto-round":
+            return _auto_round_shape(checkpoint, module)
         case "bnb-int8":
             return info("weight").shape
         case "bnb-4bit":
             return _quant_state_shape(checkpoint, module)
     raise AssertionError(row.name)
+
+
+def _info(checkpoint: Checkpoint, name: str) -> TensorInfo:
+    if name not in checkpoint.tensors:
+        raise MissingTensor(f"{name}: is in no shard; the checkpoint is incomplete, download it again")
+    return checkpoint.tensors[name]
+
+
+def _auto_round_shape(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
+    """As gptq, whose qzeros [G, O·b/32] tell the module's own bits, or as awq, whose qweight [I, O/8] is narrower."""
+    qweight, scales, qzeros = (_info(checkpoint, f"{module}.{part}").shape for part in ("qweight", "scales", "qzeros"))
+    inputs = qweight[0] * scales[1] // max(qzeros[1], 1) if qweight[1] == scales[1] else qweight[0]
+    return scales[1], inputs
 
 
 def _module_bits(checkpoint: Checkpoint, module: str) -> int:

@@ -67,6 +67,13 @@ DENSE = Format(
     bits=(16, 32), dequantize="copied or cast", train="full, LoRA", quantize="the upcast stage", reload="transformers",
 )  # fmt: skip
 
+# What hqq stores beside the codes (hqq, core/quantize.py `HQQLinear.state_dict_keys`); the bias stays dense.
+HQQ_PARTS = (
+    ".scale", ".zero", ".nbits", ".group_size", ".shape", ".axis", ".packing", ".unpack_view_dtype", ".view_as_float",
+    ".quant_scale", ".quant_zero", ".compute_dtype", ".offload_meta", ".encoded_state_dict", ".stores_quant_config",
+    ".channel_wise", ".optimize", ".round_zero",
+)  # fmt: skip
+
 FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
@@ -119,6 +126,12 @@ FORMATS: dict[str, Format] = {
             dequantize="its GPTQ and AWQ layouts; other bits and group sizes for single modules",
             train="after upcast", quantize="no", reload="after upcast",
         ),
+        Format(
+            name="hqq", title="HQQ", methods=("hqq",), module="pipeline.formats.hqq",
+            markers=(".W_q",), components=(".W_q", *HQQ_PARTS),
+            dequantize="8, 4, 3, 2, 1 bits, either axis, any group size", train="after upcast", quantize="no",
+            reload="after upcast",
+        ),
     )
 }  # fmt: skip
 
@@ -128,7 +141,6 @@ READ_ELSEWHERE = {
     "fp8": "load it with transformers and FineGrainedFP8Config(dequantize=True)",
     "mxfp4": "load it with transformers and Mxfp4Config(dequantize=True)",
     "gguf": "load it with transformers and gguf_file=",
-    "hqq": "load it with the hqq library",
     "torchao": "load it with transformers and torchao",
     "quanto": "load it with transformers and optimum-quanto",
     "aqlm": "load it with transformers and aqlm",

@@ -66,11 +66,15 @@ class Quantization:
                 bits = int(raw.get("bits", raw.get("w_bit", 4)))
                 group_size = int(raw.get("group_size", raw.get("q_group_size", 128)))
                 symmetric, ignored = not raw.get("zero_point", True), raw.get("modules_to_not_convert")
+            elif method == "hqq":  # each module says its own: these are what the config gives all
+                own = (raw.get("quant_config") or {}).get("weight_quant_params") or {}
+                bits, group_size = int(own.get("nbits") or 0), int(own.get("group_size") or -1)
+                symmetric, ignored = False, raw.get("skip_modules")
             else:
                 bits, group_size = int(raw.get("bits", 0)), int(raw.get("group_size", -1))
                 symmetric, ignored = bool(raw.get("sym", True)), raw.get("modules_to_not_convert", raw.get("ignore"))
             names = tuple(str(name) for name in ignored or ())
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"config.json: quantization_config of {method} has an unreadable value ({error})"
             ) from error

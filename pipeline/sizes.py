@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from dataclasses import dataclass
 
 from pipeline.catalog import Format, bits_per_weight
@@ -115,6 +116,8 @@ def _dense_shape(checkpoint: Checkpoint, row: Format, module: str) -> tuple[int,
             return info("qweight").shape[0] * 4, info("qweight").shape[1]
         case "auto-round":
             return _auto_round_shape(checkpoint, module)
+        case "hqq":
+            return _stored_integers(checkpoint, f"{module}.shape")
         case "bnb-int8":
             return info("weight").shape
         case "bnb-4bit":
@@ -135,6 +138,20 @@ def _auto_round_shape(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
     return scales[1], inputs
 
 
+def _stored_integers(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
+    """The values of a small int64 tensor."""
+    info = _info(checkpoint, name)
+    if info.dtype != "I64":
+        raise CheckpointError(f"{name}: is {info.dtype}, expected I64; download the checkpoint again")
+    return struct.unpack(f"<{(info.end - info.start) // 8}q", _bytes(checkpoint, name, info))
+
+
+def _bytes(checkpoint: Checkpoint, name: str, info: TensorInfo) -> bytes:
+    with (checkpoint.path / checkpoint.weight_map[name]).open("rb") as file:
+        file.seek(info.start)
+        return file.read(info.end - info.start)
+
+
 def _module_bits(checkpoint: Checkpoint, module: str) -> int:
     """A GPTQ module's own bits: words of a column over its codes, where g_idx tells how many codes there are."""
     assert checkpoint.quantization is not None
@@ -148,10 +165,7 @@ def _quant_state_shape(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
     name = next((name for name in checkpoint.tensors if name.startswith(prefix)), None)
     if name is None:
         raise CheckpointError(f"{module}: has no quant_state tensor; the checkpoint is incomplete, download it again")
-    info = checkpoint.tensors[name]
-    with (checkpoint.path / checkpoint.weight_map[name]).open("rb") as file:
-        file.seek(info.start)
-        raw = file.read(info.end - info.start)
+    raw = _bytes(checkpoint, name, checkpoint.tensors[name])
     try:
         return tuple(int(n) for n in json.loads(raw)["shape"])
     except (ValueError, KeyError, TypeError) as error:

@@ -132,6 +132,12 @@ FORMATS: dict[str, Format] = {
             dequantize="8, 4, 3, 2, 1 bits, either axis, any group size", train="after upcast", quantize="no",
             reload="after upcast",
         ),
+        Format(
+            name="torchao", title="torchao", methods=("torchao",), module="pipeline.formats.torchao_",
+            markers=("._weight_qdata",), components=("._weight_*",),
+            dequantize="int8, intN kept as int8, float8; any block size", train="after upcast", quantize="no",
+            reload="after upcast",
+        ),
     )
 }  # fmt: skip
 
@@ -141,7 +147,6 @@ READ_ELSEWHERE = {
     "fp8": "load it with transformers and FineGrainedFP8Config(dequantize=True)",
     "mxfp4": "load it with transformers and Mxfp4Config(dequantize=True)",
     "gguf": "load it with transformers and gguf_file=",
-    "torchao": "load it with transformers and torchao",
     "quanto": "load it with transformers and optimum-quanto",
     "aqlm": "load it with transformers and aqlm",
 }

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.errors import CheckpointError, CorruptShard, MissingTensor, UnexpectedTensor, UnsafePath
-from pipeline.headers import TensorInfo, read_header
+from pipeline.headers import TensorInfo, read_header, read_metadata
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -28,7 +28,8 @@ class Quantization:
     """How a checkpoint's weights are quantized, from its config.
 
     `bits` and `group_size` are what most modules have (-1: a whole channel; bitsandbytes: the block size).
-    `raw` is the config's own dictionary, for what only one format knows.
+    `raw` is the config's own dictionary, for what only one format knows; `metadata` is what the shards' headers say of
+    single tensors, for torchao alone.
     """
 
     method: str
@@ -37,6 +38,7 @@ class Quantization:
     symmetric: bool
     ignored: tuple[str, ...]
     raw: Mapping[str, Any]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layout(self) -> str:
@@ -116,7 +118,7 @@ class Checkpoint:
             config=config,
             weight_map=weight_map,
             tensors=tensors,
-            quantization=Quantization.parse(raw) if raw else None,
+            quantization=_quantization(path, raw, weight_map) if raw else None,
             companions=_companions(path),
         )
 
@@ -185,6 +187,15 @@ def inside(folder: Path, name: str) -> Path:
     if not any(path.resolve().is_relative_to(root) for root in roots):
         raise UnsafePath(f"{folder}: {name} is a link that leaves the folder; copy the file itself into it")
     return path
+
+
+def _quantization(path: Path, raw: dict[str, Any], weight_map: Mapping[str, str]) -> Quantization:
+    quantization = Quantization.parse(raw)
+    if quantization.method != "torchao":
+        return quantization
+    shards = dict.fromkeys(weight_map.values())
+    metadata = {name: text for shard in shards for name, text in read_metadata(inside(path, shard)).items()}
+    return replace(quantization, metadata=metadata)
 
 
 def _open_shards(folder: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:

@@ -99,7 +99,7 @@ def check_target(sizes: Sizes, target: Target) -> None:
                 )
 
 
-def _dense_shape(checkpoint: Checkpoint, row: Format, module: str) -> tuple[int, ...]:  # noqa: PLR0911 - one a row
+def _dense_shape(checkpoint: Checkpoint, row: Format, module: str) -> tuple[int, ...]:  # noqa: C901, PLR0911 - a case for each row
     def info(part: str) -> TensorInfo:
         return _info(checkpoint, f"{module}.{part}")
 
@@ -118,6 +118,8 @@ def _dense_shape(checkpoint: Checkpoint, row: Format, module: str) -> tuple[int,
             return _auto_round_shape(checkpoint, module)
         case "hqq":
             return _stored_integers(checkpoint, f"{module}.shape")
+        case "torchao":  # what packs several codes in a byte, its reader refuses
+            return info("_weight_qdata").shape
         case "bnb-int8":
             return info("weight").shape
         case "bnb-4bit":

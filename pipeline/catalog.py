@@ -67,6 +67,8 @@ DENSE = Format(
     bits=(16, 32), dequantize="copied or cast", train="full, LoRA", quantize="the upcast stage", reload="transformers",
 )  # fmt: skip
 
+# torchao's tensor classes that keep one element in each place; its headers name a tensor's class.
+TORCHAO_TENSORS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 # What hqq stores beside the codes (hqq, core/quantize.py `HQQLinear.state_dict_keys`); the bias stays dense.
 HQQ_PARTS = (
     ".scale", ".zero", ".nbits", ".group_size", ".shape", ".axis", ".packing", ".unpack_view_dtype", ".view_as_float",

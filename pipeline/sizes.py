@@ -10,7 +10,7 @@ import math
 import struct
 from dataclasses import dataclass
 
-from pipeline.catalog import Format, bits_per_weight
+from pipeline.catalog import TORCHAO_TENSORS, Format, bits_per_weight
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, MissingTensor, UnsupportedFormat
 from pipeline.headers import TensorInfo
@@ -118,8 +118,8 @@ def _dense_shape(checkpoint: Checkpoint, row: Format, module: str) -> tuple[int,
             return _auto_round_shape(checkpoint, module)
         case "hqq":
             return _stored_integers(checkpoint, f"{module}.shape")
-        case "torchao":  # what packs several codes in a byte, its reader refuses
-            return info("_weight_qdata").shape
+        case "torchao":
+            return _torchao_shape(checkpoint, module)
         case "bnb-int8":
             return info("weight").shape
         case "bnb-4bit":
@@ -138,6 +138,18 @@ def _auto_round_shape(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
     qweight, scales, qzeros = (_info(checkpoint, f"{module}.{part}").shape for part in ("qweight", "scales", "qzeros"))
     inputs = qweight[0] * scales[1] // max(qzeros[1], 1) if qweight[1] == scales[1] else qweight[0]
     return scales[1], inputs
+
+
+def _torchao_shape(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
+    """The codes' own shape, where the header names a class that keeps one in each place."""
+    assert checkpoint.quantization is not None
+    described = checkpoint.quantization.metadata.get(f"{module}.weight", "")
+    if not any(f'"{kind}"' in described for kind in TORCHAO_TENSORS):
+        raise UnsupportedFormat(
+            f"{module}: its header names none of torchao's {', '.join(TORCHAO_TENSORS)}, which alone can be read; load "
+            "it with transformers and torchao on the device that it was packed for"
+        )
+    return _info(checkpoint, f"{module}._weight_qdata").shape
 
 
 def _stored_integers(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from transformers import LlamaForCausalLM, TorchAoConfig
 
-from pipeline.catalog import FORMATS, format_of
+from pipeline.catalog import FORMATS, TORCHAO_TENSORS, format_of
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, MissingTensor, NonFinite, UnsupportedFormat
 from pipeline.formats import torchao_
@@ -118,6 +119,17 @@ def test_a_checkpoint_transformers_wrote_becomes_the_weights_it_computes_with(ca
     for name, weight in expected.items():
         assert torch.equal(weights[name], weight), name
         assert shapes[name] == tuple(weight.shape)
+
+
+def test_what_is_packed_for_one_kernel_is_refused_from_its_header(tmp_path):
+    assert set(torchao_.CODES) == set(TORCHAO_TENSORS)
+    metadata = {"layer.weight": json.dumps({"_type": "Int4Tensor", "_data": {"block_size": [1, 32]}})}
+    save_file({"layer._weight_qdata": torch.zeros(2, 16).char()}, tmp_path / "model.safetensors", metadata)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "torchao"}}')
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.quantization.metadata == metadata
+    with pytest.raises(UnsupportedFormat, match="layer: its header names none of torchao's Int8Tensor"):
+        dense_sizes(checkpoint, FORMATS["torchao"])
 
 
 @pytest.mark.parametrize(

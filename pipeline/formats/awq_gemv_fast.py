@@ -1,7 +1,8 @@
 """AWQ, in the GEMV fast layout of AutoAWQ and llm-awq.
 
-On disk (AutoAWQ 0.2.9, modules/linear/gemv_fast.py `pack_intweight`; llm-awq, awq/quantize/qmodule.py, the same), I in
-and O out features, 4 bits, G groups of I / group size inputs, P >= G rows, rounded up to whole steps of its kernel:
+On disk (AutoAWQ 0.2.9, modules/linear/gemv_fast.py `pack_intweight`; gptqmodel, nn_modules/qlinear/gemv_fast_awq.py
+`LLMAwqLinear`, hands llm-awq's tensors to the same kernels), I in and O out features, 4 bits, G groups of I / group
+size inputs, P >= G rows, rounded up to whole steps of its kernel:
 
 - `qweight`: int16 [O / 4, I]. Row n is one stream of nibbles over (I / 64, 4, 2, 4, 2, 4): block of 64 inputs, output
   4 n + r, half h of the block, then b, e and d of input 32 h + 8 d + 2 b + e.

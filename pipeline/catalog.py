@@ -23,9 +23,9 @@ class Format:
     `<module><component>`, and together they become the dense tensor `<module><weight>`. A component that ends in `*`
     stands for every name that begins so. A module whose weight goes by the module's own name (component "") becomes the
     tensor `<module>`. `needs`, if any, are components of which a module has one, or else its marker means something
-    else. `leftovers` end the names of what quantized activations need and a dense model
-    has no place for. `methods` are the `quant_method`s that the row reads, with these `bits` (none: any) and in these
-    `layouts` (none: any).
+    else. `leftovers` end the names of what quantized activations need and a dense model has no place for;
+    `activations` is what the format's kernels round a layer's inputs to. `methods` are the `quant_method`s that the row
+    reads, with these `bits` (none: any) and in these `layouts` (none: any); `otherwise` says what else reads others.
     """
 
     name: str
@@ -46,6 +46,11 @@ class Format:
     quantize: str
     reload: str
     libraries: tuple[str, ...] = ()
+
+    @property
+    def writable(self) -> bool:
+        """Whether the quantize stage writes it."""
+        return self.name != "dense" and self.quantize != "no"
 
     def packed_modules(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Module → its components among tensor `names`, sorted; module and component joined are the tensor's name."""
@@ -78,6 +83,15 @@ DENSE = Format(
     bits=(16, 32), dequantize="copied or cast", train="full, LoRA", quantize="the upcast stage", reload="transformers",
 )  # fmt: skip
 
+# torchao's tensor classes that keep one element in each place; its headers name a tensor's class.
+TORCHAO_TENSORS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
+# What hqq stores beside the codes (hqq, core/quantize.py `HQQLinear.state_dict_keys`); the bias stays dense.
+HQQ_PARTS = (
+    ".scale", ".zero", ".nbits", ".group_size", ".shape", ".axis", ".packing", ".unpack_view_dtype", ".view_as_float",
+    ".quant_scale", ".quant_zero", ".compute_dtype", ".offload_meta", ".encoded_state_dict", ".stores_quant_config",
+    ".channel_wise", ".optimize", ".round_zero",
+)  # fmt: skip
+
 FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
@@ -105,17 +119,31 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             name="awq", title="AWQ GEMM", methods=("awq",), module="pipeline.formats.awq",
-            markers=(".qweight",), components=(".qweight", ".qzeros", ".scales"), bits=(4,), layouts=("gemm",),
+            markers=(".qweight",), components=(".qweight", ".qzeros", ".scales"), bits=(4,),
+            layouts=("gemm", "exllama", "ipex"),  # the last two are kernels for what lies as GEMM
             otherwise="repack it with gptqmodel",
             dequantize="GEMM, any group size", train="after upcast", quantize="gptqmodel",
             reload="transformers + gptqmodel", libraries=("gptqmodel",),
         ),
-        # Its tensors have names of their own: `pipeline.gguf_names` says what becomes of each, no marker does.
         Format(
-            name="gguf", title="GGUF", methods=("gguf",), module="pipeline.formats.gguf", markers=(), components=(),
-            weight="",
-            dequantize="every type of the gguf package, split files", train="after upcast", quantize="no",
-            reload="transformers + gguf", libraries=("gguf",),
+            name="awq-gemv", title="AWQ GEMV", methods=("awq",), module="pipeline.formats.awq_gemv",
+            markers=(".qweight",), components=(".qweight", ".qzeros", ".scales"), bits=(4,), layouts=("gemv",),
+            dequantize="4 bits, any group size", train="after upcast", quantize="no",
+            reload="after upcast",
+        ),
+        Format(
+            name="awq-gemv-fast", title="AWQ GEMV fast, llm-awq", methods=("awq",),
+            module="pipeline.formats.awq_gemv_fast", markers=(".qweight",),
+            components=(".qweight", ".qzeros", ".scaled_zeros", ".scales"), bits=(4,),
+            layouts=("gemv_fast", "llm-awq"), dequantize="4 bits, any group size", train="after upcast",
+            quantize="no", reload="after upcast",
+        ),
+        Format(
+            name="auto-round", title="AutoRound", methods=("auto-round", "intel/auto-round"),
+            module="pipeline.formats.auto_round", markers=(".qweight",),
+            components=(".qweight", ".qzeros", ".scales", ".g_idx"), bits=(2, 3, 4, 8),
+            dequantize="its GPTQ and AWQ layouts; other bits and group sizes for single modules",
+            train="after upcast", quantize="no", reload="after upcast",
         ),
         Format(
             name="compressed-tensors", title="compressed-tensors", methods=("compressed-tensors",),
@@ -151,7 +179,7 @@ FORMATS: dict[str, Format] = {
                 ".q_scale", ".prob_output_scale", ".qscale_act",
             ),
             dequantize="e4m3 and e5m2; scales in blocks, by output or one in all; fused experts; FP4 experts",
-            train="after upcast", quantize="no", reload="transformers",
+            train="after upcast", quantize="no", reload="transformers", activations="float8",
         ),
         Format(
             name="modelopt", title="ModelOpt FP8, NVFP4", methods=("modelopt",), module="pipeline.formats.modelopt",
@@ -168,16 +196,41 @@ FORMATS: dict[str, Format] = {
             dequantize="gpt-oss experts", train="after upcast", quantize="no",
             reload="transformers + kernels",
         ),
+        Format(
+            name="hqq", title="HQQ", methods=("hqq",), module="pipeline.formats.hqq",
+            markers=(".W_q",), components=(".W_q", *HQQ_PARTS),
+            dequantize="8, 4, 3, 2, 1 bits, either axis, any group size", train="after upcast", quantize="no",
+            reload="after upcast",
+        ),
+        Format(
+            name="torchao", title="torchao", methods=("torchao",), module="pipeline.formats.torchao_",
+            markers=("._weight_qdata",), components=("._weight_*",),
+            dequantize="int8, intN kept as int8, float8; any block size", train="after upcast", quantize="no",
+            reload="after upcast",
+        ),
+        # Its tensors have names of their own: `pipeline.gguf_names` says what becomes of each, no marker does.
+        Format(
+            name="gguf", title="GGUF", methods=("gguf",), module="pipeline.formats.gguf", markers=(), components=(),
+            weight="",
+            dequantize="every type of the gguf package, split files", train="after upcast", quantize="no",
+            reload="transformers + gguf", libraries=("gguf",),
+        ),
     )
 }  # fmt: skip
 
 # What cannot be read here, and the tool that can.
 READ_ELSEWHERE = {
-    "hqq": "load it with the hqq library",
-    "torchao": "load it with transformers and torchao",
     "quanto": "load it with transformers and optimum-quanto",
     "aqlm": "load it with transformers and aqlm",
-    "auto-round": "load it with the auto-round library",
+    "vptq": "load it with transformers and vptq",
+    "spqr": "load it with transformers and spqr_quant",
+    "higgs": "load it with transformers and flute, then model.dequantize()",
+    "eetq": "load it with transformers and kernels, on a CUDA device",
+    "bitnet": "load it with transformers",
+    "quip": "load it with the QuIP# repository's own code",
+    "quark": "load it with transformers and amd-quark",
+    "fp_quant": "load it with transformers and fp_quant",
+    "metal": "load it with transformers on a Mac",
 }
 
 

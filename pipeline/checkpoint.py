@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.errors import CheckpointError, CorruptShard, MissingTensor, UnexpectedTensor, UnsafePath
 from pipeline.gguf_files import SUFFIX, is_gguf, open_parts, part_names
-from pipeline.headers import TensorInfo, read_header
+from pipeline.headers import TensorInfo, read_header, read_metadata
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,7 +31,8 @@ class Quantization:
     """How a checkpoint's weights are quantized, from its config.
 
     `bits` and `group_size` are what most modules have (-1: a whole channel; bitsandbytes: the block size).
-    `raw` is the config's own dictionary, for what only one format knows.
+    `raw` is the config's own dictionary, for what only one format knows; `metadata` is what the shards' headers say of
+    single tensors, for torchao alone.
     """
 
     method: str
@@ -40,13 +41,20 @@ class Quantization:
     symmetric: bool
     ignored: tuple[str, ...]
     raw: Mapping[str, Any]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layout(self) -> str:
-        """What the method's own config calls the way its codes lie, where it says."""
+        """What the method's own config calls the way its codes lie, where it says.
+
+        gptqmodel calls AWQ's `version` `checkpoint_format` or `format`; `backend` llm-awq wins, as in transformers.
+        """
         match self.method:
+            case "awq" if self.raw.get("backend") == "llm-awq":
+                return "llm-awq"
             case "awq":
-                return str(self.raw.get("version") or "gemm").lower()
+                named = (self.raw.get(key) for key in ("version", "checkpoint_format", "format"))
+                return str(next((name for name in named if name), "gemm")).lower()
             case "compressed-tensors":
                 return str(self.raw.get("format") or "fakequant")
             case "modelopt":
@@ -68,11 +76,15 @@ class Quantization:
                 bits = int(raw.get("bits", raw.get("w_bit", 4)))
                 group_size = int(raw.get("group_size", raw.get("q_group_size", 128)))
                 symmetric, ignored = not raw.get("zero_point", True), raw.get("modules_to_not_convert")
+            elif method == "hqq":  # each module says its own: these are what the config gives all
+                own = (raw.get("quant_config") or {}).get("weight_quant_params") or {}
+                bits, group_size = int(own.get("nbits") or 0), int(own.get("group_size") or -1)
+                symmetric, ignored = False, raw.get("skip_modules")
             else:
                 bits, group_size = int(raw.get("bits", 0)), int(raw.get("group_size", -1))
                 symmetric, ignored = bool(raw.get("sym", True)), raw.get("modules_to_not_convert", raw.get("ignore"))
             names = tuple(str(name) for name in ignored or ())
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"config.json: quantization_config of {method} has an unreadable value ({error})"
             ) from error
@@ -120,7 +132,7 @@ class Checkpoint:
             config=config,
             weight_map=weight_map,
             tensors=tensors,
-            quantization=Quantization.parse(raw) if raw else None,
+            quantization=_quantization(path, raw, weight_map) if raw else None,
             companions=_companions(path),
         )
 
@@ -187,6 +199,15 @@ def inside(folder: Path, name: str) -> Path:
     if not any(path.resolve().is_relative_to(root) for root in roots):
         raise UnsafePath(f"{folder}: {name} is a link that leaves the folder; copy the file itself into it")
     return path
+
+
+def _quantization(path: Path, raw: dict[str, Any], weight_map: Mapping[str, str]) -> Quantization:
+    quantization = Quantization.parse(raw)
+    if quantization.method != "torchao":
+        return quantization
+    shards = dict.fromkeys(weight_map.values())
+    metadata = {name: text for shard in shards for name, text in read_metadata(inside(path, shard)).items()}
+    return replace(quantization, metadata=metadata)
 
 
 def _open_gguf(path: Path) -> Checkpoint:

@@ -67,6 +67,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return dict(tensors)
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The `__metadata__` of a safetensors file that `read_header` has let pass: texts, by convention of the writer."""
+    with path.open("rb") as file:
+        raw = json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__")
+    return {str(key): str(value) for key, value in raw.items()} if isinstance(raw, dict) else {}
+
+
 def pack_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
     """The header bytes for tensors laid one after another, and each tensor's byte position in the file."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -5,14 +5,13 @@ The plan needs them before anything loads: do the groups divide the layers, and 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.catalog import Format, bits_per_weight
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import CheckpointError, UnsupportedFormat
+from pipeline.dense_shapes import dense_shape
+from pipeline.errors import UnsupportedFormat
 from pipeline.gguf_headers import DENSE_TYPES
 from pipeline.targets import AWQTarget, GPTQTarget, Target
 
@@ -72,7 +71,7 @@ def dense_sizes(checkpoint: Checkpoint, row: Format) -> Sizes:
     packed = row.packed_modules(checkpoint.tensors)
     parts = {module + part for module, found in packed.items() for part in found}
     for module, found in packed.items():
-        shapes[row.dense_name(module, found)] = _dense_shape(checkpoint, row, module)
+        shapes[row.dense_name(module, found)] = dense_shape(checkpoint, row, module)
     shapes |= {name: info.shape for name, info in checkpoint.tensors.items() if name not in parts}
     return Sizes(shapes=shapes)
 
@@ -121,100 +120,3 @@ def check_target(sizes: Sizes, target: Target) -> None:
                     f"{target.variant}: the {count} {side} of {module} are no multiple of {step}, as gptqmodel's "
                     f"{target.format} needs; quantize to bitsandbytes"
                 )
-
-
-def _dense_shape(checkpoint: Checkpoint, row: Format, module: str) -> tuple[int, ...]:
-    try:
-        return _SHAPES[row.name](checkpoint, module)
-    except (
-        KeyError,
-        ValueError,
-        IndexError,
-        ZeroDivisionError,
-    ) as error:  # a component that is absent, or of another rank
-        raise CheckpointError(
-            f"{module}: its header describes no {row.title} weight ({error}); the checkpoint is incomplete, download "
-            "it again"
-        ) from error
-
-
-def _gptq(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
-    """From qweight [I * b / 32, O]."""
-    rows, outputs = checkpoint.tensors[f"{module}.qweight"].shape
-    return outputs, rows * WORD // _module_bits(checkpoint, module)
-
-
-def _awq(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
-    """From qweight [I, O / 8]."""
-    inputs, words = checkpoint.tensors[f"{module}.qweight"].shape
-    return words * 8, inputs
-
-
-def _compressed_tensors(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
-    """From the weight itself, or from packed int32 [O, W] and what weight_shape holds, or bytes [O, B] and scales."""
-    packed = checkpoint.tensors.get(f"{module}.weight_packed")
-    if packed is None:
-        return checkpoint.tensors[f"{module}.weight"].shape
-    outputs, count = packed.shape
-    if packed.dtype == "I32":
-        stored = checkpoint.tensors[f"{module}.weight_shape"]
-        raw = _read(checkpoint, f"{module}.weight_shape")
-        size = 8 if stored.dtype == "I64" else 4
-        return tuple(int.from_bytes(raw[i : i + size], "little", signed=True) for i in range(0, len(raw), size))
-    # Bytes for each scale: 8 hold 16 codes (NVFP4), 16 hold 32 (MXFP4), 24 hold 32 of six bits (MXFP6).
-    codes = {8: 16, 16: 32, 24: 32}
-    groups = checkpoint.tensors[f"{module}.weight_scale"].shape[1]
-    return outputs, groups * codes[count // groups]
-
-
-def _fp8(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
-    """From the weight itself; int8 holds two codes of four bits in a byte."""
-    info = checkpoint.tensors.get(f"{module}.weight") or checkpoint.tensors[module]
-    return (*info.shape[:-1], 2 * info.shape[-1]) if info.dtype in {"I8", "U8"} else info.shape
-
-
-def _mxfp4(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
-    """From blocks [E, O, I / 32, 16], transposed."""
-    experts, outputs, groups, _ = checkpoint.tensors[f"{module}_blocks"].shape
-    return experts, groups * 32, outputs
-
-
-def _module_bits(checkpoint: Checkpoint, module: str) -> int:
-    """A GPTQ module's own bits: words of a column over its codes, where g_idx tells how many codes there are."""
-    assert checkpoint.quantization is not None
-    g_idx, qweight = checkpoint.tensors.get(f"{module}.g_idx"), checkpoint.tensors[f"{module}.qweight"]
-    return qweight.shape[0] * WORD // g_idx.shape[0] if g_idx and g_idx.shape[0] else checkpoint.quantization.bits
-
-
-def _quant_state_shape(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
-    """The shape in a bitsandbytes quant_state, which is JSON in a uint8 tensor."""
-    prefix = f"{module}.weight.quant_state.bitsandbytes__"
-    name = next((name for name in checkpoint.tensors if name.startswith(prefix)), None)
-    if name is None:
-        raise CheckpointError(f"{module}: has no quant_state tensor; the checkpoint is incomplete, download it again")
-    try:
-        return tuple(int(n) for n in json.loads(_read(checkpoint, name))["shape"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{name}: is no JSON with a shape ({error!r}); the checkpoint is damaged, download it again"
-        ) from error
-
-
-def _read(checkpoint: Checkpoint, name: str) -> bytes:
-    """The bytes of a small tensor."""
-    info = checkpoint.tensors[name]
-    with (checkpoint.path / checkpoint.weight_map[name]).open("rb") as file:
-        file.seek(info.start)
-        return file.read(info.end - info.start)
-
-
-_SHAPES: dict[str, Callable[[Checkpoint, str], tuple[int, ...]]] = {
-    "gptq": _gptq,
-    "awq": _awq,
-    "bnb-int8": lambda checkpoint, module: checkpoint.tensors[f"{module}.weight"].shape,
-    "bnb-4bit": _quant_state_shape,
-    "compressed-tensors": _compressed_tensors,
-    "fp8": _fp8,
-    "modelopt": _fp8,
-    "mxfp4": _mxfp4,
-}

@@ -216,10 +216,10 @@ def test_messages_need_a_chat_template(root, tmp_path):
 
 def test_an_unreadable_format_is_refused_with_the_tool_that_can(root, tmp_path):
     config = json.loads((root / "model" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "hqq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "aqlm", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(UnsupportedFormat, match="hqq library"):
+    with pytest.raises(UnsupportedFormat, match="transformers and aqlm"):
         planned(root, f"source={tmp_path}")
 
 

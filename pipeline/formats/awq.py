@@ -22,6 +22,9 @@ from pipeline.formats.components import ALL, FLOATS, WORDS, grid_of, require, re
 from pipeline.shards import TensorGroup
 
 BITS = (4,)
+# AutoAWQ names kernels here too: exllama and ipex read GEMM's tensors and rearrange them after loading
+# (modules/linear/exllama.py, gemm_ipex.py); marlin's (marlin.py) lie otherwise.
+KERNELS = ("gemm", "exllama", "ipex")
 # Where output c of each eight lies: the inverse of the order above, in bits.
 SHIFTS = tuple(4 * nibble for nibble in (0, 4, 1, 5, 2, 6, 3, 7))
 
@@ -61,7 +64,5 @@ def _unpack(words: Tensor) -> Tensor:
 
 
 def _check_version(quantization: Quantization) -> None:
-    for key in ("version", "checkpoint_format", "format"):
-        found = str(quantization.raw.get(key) or "gemm").lower()
-        if found != "gemm":
-            raise UnsupportedFormat(f"awq {key} {found} cannot be read, only gemm; repack it with gptqmodel")
+    if quantization.layout not in KERNELS:
+        raise UnsupportedFormat(f"awq in layout {quantization.layout} cannot be read as GEMM; repack it with gptqmodel")

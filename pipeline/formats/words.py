@@ -39,7 +39,7 @@ def unpack_floats(words: Tensor, bits: int, out: Tensor) -> None:
         case 8:
             out.view(-1).copy_(stored)
         case 4:
-            look_up(torch.stack((every & 15, every >> 4), dim=1).float(), stored, out.view(-1))
+            look_up(nibble_pairs(words.device), stored, out.view(-1))
         case 2:
             table = torch.stack([every >> shift & 3 for shift in (0, 2, 4, 6)], dim=1).float()
             # Four floats move as one complex number of two doubles.
@@ -59,6 +59,12 @@ def _straddling_floats(stored: Tensor, bits: int, out: Tensor) -> None:
         if shift + bits > 8:  # noqa: PLR2004 - a byte
             value.bitwise_or_(columns[byte + 1] << (8 - shift))
         octets[:, code] = value.bitwise_and_((1 << bits) - 1)
+
+
+def nibble_pairs(device: torch.device) -> Tensor:
+    """What each byte holds, low nibble first, as float32 [256, 2]."""
+    every = torch.arange(256, device=device)
+    return torch.stack((every & 15, every >> 4), dim=1).float()
 
 
 def look_up(pairs: Tensor, indices: Tensor, out: Tensor) -> None:

@@ -12,9 +12,10 @@ import torch
 from pipeline import formats
 from pipeline.catalog import Format
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import CheckpointError, InputError, UnexpectedTensor
+from pipeline.errors import CheckpointError, InputError, MissingTensor, UnexpectedTensor
 from pipeline.formats import dense
 from pipeline.formats.components import FLOATS
+from pipeline.formats.scaled_activation import consumer
 from pipeline.pieces import Piece
 from pipeline.shards import DTYPE_NAMES, ShardReader, TensorGroup
 from pipeline.skeleton import Place, Skeleton, skeleton_of
@@ -61,6 +62,7 @@ def _lay_out(reader: ShardReader, row: Format, checkpoint: Checkpoint, skeleton:
     pieces: dict[str, Piece] = {}
     dropped: dict[str, str] = {}
     problems: list[InputError] = []
+    scales: list[TensorGroup] = []
     for group in reader.groups(row):
         name = group.dense_name
         place = skeleton.place(name)
@@ -71,6 +73,8 @@ def _lay_out(reader: ShardReader, row: Format, checkpoint: Checkpoint, skeleton:
                 pieces[name] = _piece(group, place, row, checkpoint)
             elif reason := _reason_to_drop(group, row, skeleton):
                 dropped[name] = reason
+            elif _scales_an_activation(group, row):
+                scales.append(group)
             else:
                 raise UnexpectedTensor(
                     f"{name}: {checkpoint.model_type or 'the architecture'} has no place for it; config.json does not "
@@ -78,10 +82,31 @@ def _lay_out(reader: ShardReader, row: Format, checkpoint: Checkpoint, skeleton:
                 )
         except InputError as error:
             problems.append(error)
+    for group in scales:
+        try:
+            name = _consumer(group, skeleton, pieces)
+            pieces[name] = replace(pieces[name], divided_by=dense.dequantize(group).flatten())
+            dropped[group.dense_name] = f"divided out of {name}"
+        except InputError as error:
+            problems.append(error)
     # A module that is malformed would be reported as missing too.
     problems = problems or list(skeleton.problems(pieces.values()))
     made = tuple(pieces.values())
     return Layout(pieces=made, dropped=dropped, problems=tuple(problems), described=checkpoint.path)
+
+
+def _scales_an_activation(group: TensorGroup, row: Format) -> bool:
+    return row.name.startswith("awq") and not group.packed and group.dense_name.endswith(".scales")
+
+
+def _consumer(group: TensorGroup, skeleton: Skeleton, pieces: Mapping[str, Piece]) -> str:
+    """The tensor that an activation's scales are divided out of; raise an InputError where there is none."""
+    linear = consumer(skeleton.model, group.dense_name, count=dense.dequantize(group).numel())
+    for name in pieces:
+        place = skeleton.place(name)
+        if place is not None and place.parameter == f"{linear}.weight":
+            return name
+    raise MissingTensor(f"{linear}.weight: is in no shard; the checkpoint is incomplete, download it again")
 
 
 def _piece(group: TensorGroup, place: Place, row: Format, checkpoint: Checkpoint) -> Piece:

@@ -23,6 +23,7 @@ from pipeline.digests import digest_packed, digest_tensor
 from pipeline.errors import NonFinite
 from pipeline.formats import ROW_STEP
 from pipeline.formats.components import ALL
+from pipeline.formats.scaled_activation import fold
 from pipeline.pieces import Piece
 from pipeline.shard_writer import ShardWriter
 from pipeline.shards import DTYPE_NAMES
@@ -68,6 +69,8 @@ def compute(piece: Piece, row: Format, quantization: Quantization | None, rows: 
     reader = formats.load(row if piece.group.packed else DENSE)
     # A dense tensor is read without asking how the packed ones are quantized.
     wide = reader.dequantize(piece.group, quantization, rows)  # type: ignore[arg-type]
+    if piece.divided_by is not None:
+        wide = fold(wide, piece.divided_by)
     if piece.finish is not None:
         wide = piece.finish(wide)
     if wide.is_floating_point() and wide.numel():

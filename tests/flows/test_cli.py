@@ -94,7 +94,7 @@ def test_plan_prints_one_json_document(root, capsys):
 def test_inspect_says_what_a_model_is(root, capsys):
     assert cli.run(["inspect", f"{root}/model", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["architecture"] == "llama"
+    assert facts["architecture"] == "LlamaForCausalLM"
     assert facts["parameters"] > 100_000
 
 

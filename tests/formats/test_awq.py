@@ -70,7 +70,8 @@ def test_what_was_packed_comes_back(seed, group_size):
         ({"qweight": torch.zeros(2, 1)}, {}, CheckpointError, "qweight is float32, expected int32"),
         ({}, {"group_size": 3}, UnsupportedFormat, "group size 3 does not divide its 2 inputs"),
         ({}, {"bits": 8}, UnsupportedFormat, "bits 8 cannot be read, only 4"),
-        ({}, {"version": "gemv"}, UnsupportedFormat, "version gemv"),
+        ({}, {"version": "gemv"}, UnsupportedFormat, "layout gemv cannot be read as GEMM"),
+        ({}, {"version": "marlin"}, UnsupportedFormat, "layout marlin"),
         ({}, {"checkpoint_format": "gemv_fast"}, UnsupportedFormat, "gemv_fast"),
     ],
 )

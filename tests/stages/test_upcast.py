@@ -187,7 +187,7 @@ def test_what_the_architecture_does_not_keep_stops_it_before_anything_is_written
         ({"bits": 4}, [], CheckpointError, "o_proj: qweight has 32 rows, expected 16"),
         ({"group_size": 48}, [], CheckpointError, r"o_proj: qzeros has shape \[1, 32\], expected \[3, 32\]"),
         ({"bits": 5}, [], UnsupportedFormat, "gptq with bits 5"),
-        ({"quant_method": "hqq"}, [], UnsupportedFormat, "quant_method hqq cannot be read"),
+        ({"quant_method": "aqlm"}, [], UnsupportedFormat, "quant_method aqlm cannot be read"),
         ({}, [f"{O_PROJ}.qzeros"], MissingTensor, "o_proj: qzeros is in no shard"),
         ({}, [f"{O_PROJ}.qweight"], UnexpectedTensor, r"o_proj\.(scales|g_idx|qzeros): llama has no place"),
     ],
@@ -365,5 +365,5 @@ def test_the_skeleton_holds_no_memory(llama):
     """A model of 70 thousand million parameters is described as quickly as a tiny one."""
     edit(llama, config={"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "head_dim": 128,
                         "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256})  # fmt: skip
-    skeleton = skeleton_of(Checkpoint.open(llama), dtype=torch.bfloat16, trust_remote_code=False)
+    skeleton = skeleton_of(llama, dtype=torch.bfloat16, trust_remote_code=False)
     assert sum(tensor.numel() for tensor in skeleton.parameters.values()) > 70e9

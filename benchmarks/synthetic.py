@@ -18,6 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 Components = Mapping[str, Tensor]
+# What NF4's sixteen codes stand for (QLoRA, appendix E); other libraries take them from a table of their own.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +109,7 @@ def _nf4(random: torch.Generator, outputs: int, inputs: int) -> Components:
     return {
         "weight": _bytes(random, outputs * inputs // 2, 1),
         "weight.absmax": _bytes(random, blocks),
-        "weight.quant_map": torch.linspace(-1, 1, 16),
+        "weight.quant_map": torch.tensor(NF4),
         "weight.nested_absmax": _scales(random, -(-blocks // 256)),
         "weight.nested_quant_map": torch.linspace(-1, 1, 256),
         "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
@@ -124,12 +130,19 @@ def _gptq(bits: int, *, ordered: bool) -> Callable[[torch.Generator, int, int], 
         order = torch.arange(inputs) // 128
         return {
             "qweight": _words(random, inputs * bits // 32, outputs),
-            "qzeros": _words(random, groups, outputs * bits // 32),
+            "qzeros": _zeros(groups, outputs, bits),
             "scales": _scales(random, groups, outputs).half(),
             "g_idx": (order[torch.randperm(inputs, generator=random)] if ordered else order).int(),
         }
 
     return pack
+
+
+def _zeros(groups: int, outputs: int, bits: int) -> Tensor:
+    """The zero points of a symmetric grid, 2 ** (bits - 1), less one as v1 stores them: int32 [G, O * bits / 32]."""
+    stream = sum((2 ** (bits - 1) - 1) << (bits * i) for i in range(32))
+    raw = stream.to_bytes(4 * bits, "little") * (outputs // 32)
+    return torch.frombuffer(bytearray(raw), dtype=torch.int32).repeat(groups, 1)
 
 
 def _awq(random: torch.Generator, outputs: int, inputs: int) -> Components:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,8 @@ from pipeline.sizes import packed_modules
 
 BLOCK = 1 << 21  # weights computed at a time: 8 MiB of floats; with fewer, threads wait for each other in Python
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _LARGEST_KEPT = -1, -3, 1 << 25  # malloc.h; the largest that glibc allows
+_LARGEST_ON_GPU = 1 << 30  # weights: four gigabytes of floats for each thread
+CPU = torch.device("cpu")
 _AHEAD = 8  # blocks for each core that wait their turn
 
 
@@ -49,36 +52,71 @@ def write(
 ) -> Iterator[str]:
     """Write every piece that `writer` lacks; yield the name of each tensor as it is completed.
 
-    `threads` 0 takes one a core. Raises NonFinite where a value is NaN, infinite or too large for its dtype; what the
-    format's reader raises comes through, and nothing is written after it.
+    `threads` 0 takes one a core; they compute on a GPU where there is one that is faster. Raises NonFinite where a
+    value is NaN, infinite or too large for its dtype; what the format's reader raises comes through, and nothing is
+    written after it.
     """
     wanted = [piece for piece in pieces if piece.name not in writer.finished]
+    device = fastest(wanted, row, quantization)
     one_at_a_time = threading.Lock()
 
     def work(block: _Block) -> str | None:
         if block.piece.finish is None:
-            tensor = compute(block.piece, row, quantization, block.rows)
+            tensor = compute(block.piece, row, quantization, block.rows, device)
         else:
             with one_at_a_time:  # whole weights are large: two would double the memory
-                tensor = compute(block.piece, row, quantization, ALL)
+                tensor = compute(block.piece, row, quantization, ALL, device)
         complete = writer.write(block.piece.name, tensor, first=block.rows.start or 0)
         return block.piece.name if complete else None
 
-    yield from _in_threads(work, _blocks(wanted), threads or cores())
+    yield from _in_threads(work, _blocks(wanted, device), threads or cores())
 
 
-def compute(piece: Piece, row: Format, quantization: Quantization | None, rows: slice) -> Tensor:
-    """`rows` of a piece in its dtype; raise NonFinite where a value of them is not finite in it."""
-    reader = formats.load(row if piece.group.packed else DENSE)
+def compute(
+    piece: Piece, row: Format, quantization: Quantization | None, rows: slice, device: torch.device = CPU
+) -> Tensor:
+    """`rows` of a piece in its dtype, on `device` where it is packed.
+
+    Raise NonFinite where a value of them is not finite in that dtype.
+    """
+    reader, group = formats.load(row if piece.group.packed else DENSE), piece.group
+    if group.packed and device != CPU:
+        group = replace(group, tensors={name: tensor.to(device) for name, tensor in group.tensors.items()})
     # A dense tensor is read without asking how the packed ones are quantized.
-    wide = reader.dequantize(piece.group, quantization, rows)  # type: ignore[arg-type]
+    wide = reader.dequantize(group, quantization, rows)  # type: ignore[arg-type]
     if piece.divided_by is not None:
-        wide = fold(wide, piece.divided_by)
+        wide = fold(wide, piece.divided_by.to(wide.device))
     if piece.finish is not None:
         wide = piece.finish(wide)
     if wide.is_floating_point() and wide.numel():
         _check_finite(piece, wide)
     return wide.to(piece.dtype)
+
+
+def fastest(pieces: Sequence[Piece], row: Format, quantization: Quantization | None) -> torch.device:
+    """The first GPU, where it gives the largest packed piece back sooner than the cores compute it; else the CPU.
+
+    What comes out is the same to the last bit: codes and scales are multiplied and rounded once, in float32.
+    """
+    packed = [piece for piece in pieces if piece.group.packed]
+    if not torch.cuda.is_available() or not packed:
+        return CPU
+    piece = max(packed, key=lambda piece: torch.Size(piece.shape).numel())
+    count, (block, *_) = torch.Size(piece.shape).numel(), _blocks([piece], CPU)
+    gpu = torch.device("cuda", 0)
+
+    def seconds(rows: slice, device: torch.device) -> float:
+        compute(piece, row, quantization, rows, device).cpu()  # the first time, tables and kernels are made too
+        started = time.perf_counter()
+        compute(piece, row, quantization, rows, device).cpu()
+        return time.perf_counter() - started
+
+    share = 1.0 if block.rows == ALL else (block.rows.stop - block.rows.start) / piece.shape[0]
+    try:
+        faster = count <= _LARGEST_ON_GPU and seconds(ALL, gpu) < seconds(block.rows, CPU) / share / cores()
+    except torch.OutOfMemoryError:  # somebody else's model is on it
+        return CPU
+    return gpu if faster else CPU
 
 
 def packed_digests(checkpoint: Checkpoint, row: Format) -> dict[str, str]:
@@ -112,7 +150,8 @@ def _check_finite(piece: Piece, wide: Tensor) -> None:
     raise NonFinite(f"{piece.name}: holds NaN or infinity; the checkpoint is damaged, download it again")
 
 
-def _blocks(pieces: Sequence[Piece]) -> Iterator[_Block]:
+def _blocks(pieces: Sequence[Piece], device: torch.device) -> Iterator[_Block]:
+    """Each piece in blocks of rows; whole, where it crosses to a GPU anyway."""
     for unread in pieces:
         # Opened once for all of its blocks: a tensor is a view of the mapped file, but takes a tenth of a millisecond.
         piece = replace(unread, group=replace(unread.group, tensors=dict(unread.group.tensors)))
@@ -122,7 +161,7 @@ def _blocks(pieces: Sequence[Piece]) -> Iterator[_Block]:
         if len(piece.shape) <= 2:  # noqa: PLR2004 - the rows of a matrix come in steps, experts one by one
             step = max(ROW_STEP, step // ROW_STEP * ROW_STEP)
         step = max(1, step)
-        if piece.finish is not None or count <= step:
+        if piece.finish is not None or count <= step or (piece.group.packed and device != CPU):
             yield _Block(piece=piece, rows=ALL)
             continue
         for start in range(0, count, step):

@@ -75,3 +75,22 @@ def test_dequantizing_on_the_device_gives_the_weights_of_the_cpu(root):
             here, on_device = read(group, checkpoint.quantization), read(there, checkpoint.quantization)
         assert on_device.is_cuda
         torch.testing.assert_close(on_device.cpu(), here, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "gptq", "gptq desc_act", "awq", "fp8", "compressed-tensors int4"])
+def test_an_upcast_on_the_device_writes_the_bytes_of_the_cpu(name, tmp_path, monkeypatch):
+    from benchmarks import synthetic
+    from pipeline.stages import Job, upcast
+    from pipeline.upcasting import stream
+
+    synthetic.write(tmp_path / "source", name, synthetic.TINY)
+    written = []
+    for device in (stream.CPU, torch.device("cuda", 0)):
+        monkeypatch.setattr(stream, "fastest", lambda *_, device=device: device)
+        workspace = tmp_path / device.type
+        workspace.mkdir()
+        (output,) = upcast.run(
+            Job(inputs={"source": tmp_path / "source"}, options={"dtype": "bfloat16"}, workspace=workspace)
+        )
+        written.append((output.folder / "model.safetensors").read_bytes())
+    assert written[0] == written[1]

@@ -84,7 +84,7 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Facts:  
         trainable=_trainable(checkpoint),
         becomes={target.variant: _obstacle(target, sizes) for target in TARGETS} if sizes and not problems else {},
         dropped=dropped,
-        problems=tuple(problems),
+        problems=tuple(dict.fromkeys(problems)),
     )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import Recipe, load_recipe, parse_recipe
+from pipeline.recipe import Recipe, Upcast, load_recipe, parse_recipe
 from pipeline.targets import parse_target
 
 MINIMAL = "name: bot\nsource: ./model\n"
@@ -96,3 +97,14 @@ def test_a_target_has_a_short_form(text: str, variant: str):
 def test_a_wrong_target_is_one_sentence(text: str):
     with pytest.raises(RecipeError, match="--to"):
         parse_target(text)
+
+
+@pytest.mark.parametrize(("said", "expected"), [("500MB", 500_000_000), ("2.5 GB", 2_500_000_000), ("5GB", 5 * 10**9)])
+def test_a_shard_size_is_in_powers_of_ten(said, expected):
+    assert Upcast(max_shard_size=said).max_shard_bytes == expected
+
+
+@pytest.mark.parametrize("said", ["5", "0GB", "-1GB", "1TB", "GB", "5 gigabytes"])
+def test_what_is_no_shard_size_is_refused(said):
+    with pytest.raises(ValidationError):
+        Upcast(max_shard_size=said)

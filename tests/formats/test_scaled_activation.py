@@ -1,12 +1,16 @@
 """The scales of an activation go into the layer that takes its output."""
 
+import json
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.errors import UnsupportedFormat
 from pipeline.formats.scaled_activation import consumer, fold
+from pipeline.stages import Job, upcast
 
 TOKENS = {"vocab_size": 32, "bos_token_id": 0, "eos_token_id": 0}
 HEADS = {"num_hidden_layers": 1, "num_attention_heads": 2}
@@ -103,3 +107,52 @@ def block(**layers):
 def test_scales_whose_layer_is_not_certain_are_refused_in_a_sentence(layers, name, said):
     with pytest.raises(UnsupportedFormat, match=said):
         consumer(block(**layers), name, count=8)
+
+
+def awq_checkpoint(folder):
+    """A Starcoder2 whose second feed-forward layer is packed to 4 bits, with the scales of its activation beside it."""
+    config = transformers.Starcoder2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=32, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    stored, module = load_file(folder / "model.safetensors"), "model.layers.0.mlp"
+    codes = torch.randint(16, (64, 32))
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    words = (codes.view(64, 4, 8)[:, :, order].long() << torch.arange(0, 32, 4)).sum(-1)
+    del stored[f"{module}.c_proj.weight"]
+    packed = {
+        f"{module}.c_proj.qweight": (words - ((words >> 31) << 32)).int(),
+        f"{module}.c_proj.qzeros": torch.full((2, 4), -2004318072, dtype=torch.int32),  # 0x88888888
+        f"{module}.c_proj.scales": torch.full((2, 32), 0.25).half(),
+        f"{module}.act.scales": torch.exp2(torch.randint(-2, 3, (64,)).float()).half(),
+    }
+    save_file(stored | packed, folder / "model.safetensors", metadata={"format": "pt"})
+    said = json.loads((folder / "config.json").read_text())
+    said["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    (folder / "config.json").write_text(json.dumps(said))
+    return ((codes - 8) * 0.25 / packed[f"{module}.act.scales"].float()[:, None]).T
+
+
+def test_an_upcast_folds_them_in_and_says_where_they_went(tmp_path):
+    weight = awq_checkpoint(tmp_path / "source")
+    (output,) = upcast.run(
+        Job(inputs={"source": tmp_path / "source"}, options={"dtype": "float32"}, workspace=tmp_path)
+    )
+    assert output.notes["dropped"] == {
+        "model.layers.0.mlp.act.scales": "divided out of model.layers.0.mlp.c_proj.weight"
+    }
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(output.folder, output_loading_info=True)
+    assert not any(found.values())
+    assert torch.equal(model.model.layers[0].mlp.c_proj.weight, weight)
+
+
+def test_scales_without_their_layer_are_refused(tmp_path):
+    awq_checkpoint(tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors"
+    stored = load_file(path)
+    stored["model.layers.0.mlp.act.scales"] = torch.ones(48)
+    save_file(stored, path)
+    with pytest.raises(UnsupportedFormat, match="one layer beside it that takes its 48 values, found none"):
+        list(upcast.run(Job(inputs={"source": path.parent}, options={"dtype": "float32"}, workspace=tmp_path)))

@@ -82,6 +82,7 @@ def test_a_packed_module_becomes_dense_and_the_rest_stays(tmp_path):
     source, weight = packed_llama(tmp_path / "source")
     output = run(source, tmp_path)
     assert output.notes["packed_source"] == "gptq"
+    assert output.notes["packed"].keys() == {O_PROJ}
     assert output.metrics == {"tensors": 12, "dequantized": 1}
     written = load_file(output.folder / "model.safetensors")
     assert torch.equal(written[f"{O_PROJ}.weight"], weight.bfloat16())

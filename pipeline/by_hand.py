@@ -63,7 +63,7 @@ def run_by_hand(
         return list(
             child.run(
                 f"{__name__}:move", stage, job, destination, by_variant, verify,
-                preload=preload(model_type), environment=ENVIRONMENT,
+                preload=preload(model_type, training=False), environment=ENVIRONMENT,
             )
         )  # fmt: skip
 

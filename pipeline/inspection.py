@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -51,7 +51,12 @@ class Facts:
     problems: tuple[str, ...]
 
 
-def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Facts:  # noqa: FBT001, FBT002  # a child's function takes positions
+def facts(checkpoint: Checkpoint, trust_remote_code: bool) -> dict[str, Any]:  # noqa: FBT001  # the child's body takes positions
+    """`inspect` as plain values, for a caller that has no use for torch; the body of the child process."""
+    return asdict(inspect(checkpoint, trust_remote_code=trust_remote_code))
+
+
+def inspect(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Facts:
     """The facts of a checkpoint that opens."""
     quantization, row, sizes = checkpoint.quantization, None, None
     problems: list[str] = []

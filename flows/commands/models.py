@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,34 +39,40 @@ def inspect(model: str, *, store: str = "artifacts", trust_remote_code: bool = F
     from pipeline import child
 
     # In a child, since what the libraries print while they are imported is of no use here.
-    facts: Any = child.run("pipeline.inspection:inspect", open_model(model, Store.open(store)), trust_remote_code)
+    checkpoint = open_model(model, Store.open(store))
+    facts: dict[str, Any] = child.run("pipeline.inspection:facts", checkpoint, trust_remote_code)
     if json:
-        print_json(asdict(facts))
+        print_json(facts)
         return
-    shown: dict[str, str] = {
-        "path": facts.path,
-        "architecture": facts.architecture,
-        "format": f"{facts.format}, {facts.layout}" if facts.layout else facts.format,
-        "bits": ", ".join(f"{bits} ({count} modules)" for bits, count in facts.bits.items()),
-        "group size": "" if facts.group_size is None else str(facts.group_size),
-        "symmetric": "" if facts.symmetric is None else "yes" if facts.symmetric else "no",
-        "ignored modules": ", ".join(facts.ignored),
-        "parameters": f"{facts.parameters:,}" if facts.parameters else "",
-        "on disk": f"{size(facts.bytes)} in {facts.shards} shard{'s' if facts.shards > 1 else ''}",
-        "as bfloat16": size(facts.bytes_as_bfloat16) if facts.bytes_as_bfloat16 else "",
-        "trainable": facts.trainable,
-        "becomes": ", ".join(["dense", *(name for name, why in facts.becomes.items() if not why)])
-        if not facts.problems
-        else "",
-    }
-    lines = [(key, value) for key, value in shown.items() if value]
-    lines += [("cannot become", why) for why in facts.becomes.values() if why]
-    lines += [("left out", f"{name}: {why}") for name, why in facts.dropped.items()]
-    lines += [("wrong", problem) for problem in facts.problems[:MOST_PROBLEMS]]
-    if len(facts.problems) > MOST_PROBLEMS:
-        lines.append(("wrong", f"and {len(facts.problems) - MOST_PROBLEMS} more; --json names them all"))
-    for key, value in lines:
+    for key, value in _lines(facts):
         OUT.print(f"{key:<16} {value}", markup=False, soft_wrap=True)
+
+
+def _lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is known, as the name of each fact and what is said of it."""
+    yield "path", facts["path"]
+    yield "architecture", facts["architecture"]
+    yield "format", f"{facts['format']}, {facts['layout']}" if facts["layout"] else facts["format"]
+    if facts["bits"]:
+        yield "bits", ", ".join(f"{bits} ({count} modules)" for bits, count in facts["bits"].items())
+    if facts["group_size"] is not None:
+        yield "group size", str(facts["group_size"])
+        yield "symmetric", "yes" if facts["symmetric"] else "no"
+    if facts["ignored"]:
+        yield "ignored modules", ", ".join(facts["ignored"])
+    if facts["parameters"]:
+        yield "parameters", f"{facts['parameters']:,}"
+    yield "on disk", f"{size(facts['bytes'])} in {facts['shards']} shard{'s' if facts['shards'] > 1 else ''}"
+    if facts["bytes_as_bfloat16"]:
+        yield "as bfloat16", size(facts["bytes_as_bfloat16"])
+    yield "trainable", facts["trainable"]
+    if not facts["problems"]:
+        yield "becomes", ", ".join(["dense", *(name for name, why in facts["becomes"].items() if not why)])
+    yield from (("cannot become", why) for why in facts["becomes"].values() if why)
+    yield from (("left out", f"{name}: {why}") for name, why in facts["dropped"].items())
+    yield from (("wrong", problem) for problem in facts["problems"][:MOST_PROBLEMS])
+    if len(facts["problems"]) > MOST_PROBLEMS:
+        yield "wrong", f"and {len(facts['problems']) - MOST_PROBLEMS} more; --json names them all"
 
 
 def try_(

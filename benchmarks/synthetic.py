@@ -53,6 +53,7 @@ class Size:
 
 
 TINY = Size(hidden=128, intermediate=256, vocabulary=256, layers=1)
+TWO_BILLION = Size(hidden=4096, intermediate=11008, vocabulary=16384, layers=10)
 HALF_BILLION = Size(hidden=2048, intermediate=5632, vocabulary=16384, layers=10)
 
 

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import synthetic
+import synthetic_gguf
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +33,8 @@ from safetensors import safe_open
 from pipeline.child import WAITING
 from pipeline.execute import preload
 
-SIZES = {"half": synthetic.HALF_BILLION, "tiny": synthetic.TINY}
+SIZES = {"half": synthetic.HALF_BILLION, "two": synthetic.TWO_BILLION, "tiny": synthetic.TINY}
+DEFAULT = ["nf4", "int8", "gptq", "gptq desc_act", "awq", "fp8", "compressed-tensors int4", "gguf Q4_K"]
 Result = dict[str, float]
 Work = Callable[[], None]
 
@@ -40,33 +42,35 @@ Work = Callable[[], None]
 def main() -> None:
     """Print the table; `--role` is how it calls itself for one measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", nargs="*", default=list(synthetic.PACKERS), choices=list(synthetic.PACKERS))
+    parser.add_argument("--formats", nargs="*", default=DEFAULT, choices=[*synthetic.PACKERS, *synthetic_gguf.KINDS])
     parser.add_argument("--size", choices=SIZES, default="half")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to write; a folder that is removed by default")
     parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.role:
-        print(json.dumps(_measured(given.role, given.formats[0], given.folder)))
+        print(json.dumps(_measured(given.role, given.formats[0], given.folder, SIZES[given.size])))
         return
     table = Table(title=f"{SIZES[given.size].parameters / 1e6:.0f} M parameters → bf16, {os.cpu_count()} cores")
     for heading in ("format", "", "seconds", "of a copy", "M params/s a core", "peak memory", "largest error"):
         table.add_column(heading, justify="left" if heading in ("format", "") else "right")
     for name in given.formats:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-            synthetic.write(Path(folder) / "source", name, SIZES[given.size])
-            _rows(table, name, _results(name, Path(folder), given.rounds), SIZES[given.size].parameters)
+            writer = synthetic_gguf if name in synthetic_gguf.KINDS else synthetic
+            writer.write(Path(folder) / "source", name, SIZES[given.size])
+            results = _results(name, Path(folder), given.rounds, given.size)
+            _rows(table, name, results, SIZES[given.size].parameters)
     Console(width=120).print(table)
 
 
-def _results(name: str, folder: Path, rounds: int) -> dict[str, Result | str]:
+def _results(name: str, folder: Path, rounds: int, size: str) -> dict[str, Result | str]:
     """Role → its fastest result (what else the machine does only ever adds), or why there is none."""
     results: dict[str, Result | str] = {}
     for role, (_, formats) in ROLES.items():
         if formats and name not in formats:
             continue
         # A rival that takes several times as long is timed once.
-        found = [_run(role, name, folder) for _ in range(rounds if role in ("copy", "requant") else 1)]
+        found = [_run(role, name, folder, size) for _ in range(rounds if role in ("copy", "requant") else 1)]
         fine = [result for result in found if not isinstance(result, str)]
         results[role] = min(fine, key=lambda result: result["seconds"]) if fine else found[0]
     return results
@@ -89,8 +93,8 @@ def _rows(table: Table, name: str, results: dict[str, Result | str], parameters:
     table.add_section()
 
 
-def _run(role: str, name: str, folder: Path) -> Result | str:
-    command = [sys.executable, __file__, "--role", role, "--folder", str(folder), "--formats", name]
+def _run(role: str, name: str, folder: Path, size: str) -> Result | str:
+    command = [sys.executable, __file__, "--role", role, "--folder", str(folder), "--formats", name, "--size", size]
     # Every role waits as Requant's own child processes do; the libraries' warnings are of no use here.
     settings = {**WAITING, **os.environ, "GPTQMODEL_CPU_WORKERS": "2", "TQDM_DISABLE": "1"}
     done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False, cwd=folder)
@@ -100,13 +104,13 @@ def _run(role: str, name: str, folder: Path) -> Result | str:
     return result
 
 
-def _measured(role: str, name: str, folder: Path) -> Result:
+def _measured(role: str, name: str, folder: Path, size: synthetic.Size) -> Result:
     source, out = folder / "source", folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     for module in preload("llama"):
         importlib.import_module(module)
-    work = ROLES[role][0](source, out)
+    work = ROLES[role][0](source, out, size)
     before, peak, done = _anonymous(), [0], threading.Event()
 
     def watch() -> None:
@@ -114,7 +118,7 @@ def _measured(role: str, name: str, folder: Path) -> Result:
             peak[0] = max(peak[0], _anonymous() - before)
 
     os.sync()  # what was written before is not this role's
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     started = time.perf_counter()
     work()
@@ -125,12 +129,8 @@ def _measured(role: str, name: str, folder: Path) -> Result:
     return {"seconds": seconds, "memory": peak[0], "error": 0.0 if role == "copy" else _error(name, source, out)}
 
 
-def _copy(source: Path, out: Path) -> Work:
+def _copy(source: Path, out: Path, size: synthetic.Size) -> Work:
     """Read every source byte, and write as many as the dense model has."""
-    config = json.loads((source / "config.json").read_text())
-    keys = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers")
-    hidden, intermediate, vocabulary, layers = (config[key] for key in keys)
-    size = synthetic.Size(hidden=hidden, intermediate=intermediate, vocabulary=vocabulary, layers=layers)
     block = os.urandom(1 << 24)
 
     def work() -> None:
@@ -146,8 +146,11 @@ def _copy(source: Path, out: Path) -> Work:
     return work
 
 
-def _requant(source: Path, out: Path) -> Work:
+def _requant(source: Path, out: Path, _: synthetic.Size) -> Work:
     from pipeline.stages import Job, upcast
+
+    if (source / "model.gguf").exists():
+        importlib.import_module("pipeline.upcasting.gguf")
 
     def work() -> None:
         for _ in upcast.run(Job(inputs={"source": source}, options={"dtype": "bfloat16"}, workspace=out)):
@@ -156,9 +159,18 @@ def _requant(source: Path, out: Path) -> Work:
     return work
 
 
-def _transformers(source: Path, out: Path) -> Work:
+def _transformers(source: Path, out: Path, _: synthetic.Size) -> Work:
     import transformers
 
+    if (source / "model.gguf").exists():
+
+        def work_on_gguf() -> None:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                source, gguf_file="model.gguf", dtype=torch.bfloat16
+            )
+            model.save_pretrained(out)
+
+        return work_on_gguf
     method = json.loads((source / "config.json").read_text())["quantization_config"]["quant_method"]
     config = {
         "fp8": lambda: transformers.FineGrainedFP8Config(dequantize=True),
@@ -178,7 +190,7 @@ def _transformers(source: Path, out: Path) -> Work:
     return work
 
 
-def _gptqmodel(source: Path, out: Path) -> Work:
+def _gptqmodel(source: Path, out: Path, _: synthetic.Size) -> Work:
     from gptqmodel.utils.model_dequant import dequantize_model
 
     def work() -> None:
@@ -187,10 +199,10 @@ def _gptqmodel(source: Path, out: Path) -> Work:
     return work
 
 
-ROLES: dict[str, tuple[Callable[[Path, Path], Work], tuple[str, ...]]] = {
+ROLES: dict[str, tuple[Callable[[Path, Path, synthetic.Size], Work], tuple[str, ...]]] = {
     "copy": (_copy, ()),
     "requant": (_requant, ()),
-    "transformers": (_transformers, ("nf4", "int8", "fp8", "compressed-tensors int4")),
+    "transformers": (_transformers, ("nf4", "int8", "fp8", "compressed-tensors int4", *synthetic_gguf.KINDS)),
     "gptqmodel": (_gptqmodel, ("gptq", "gptq desc_act", "gptq 3 bits", "awq", "fp8")),
 }
 
@@ -201,6 +213,9 @@ def _error(name: str, source: Path, out: Path) -> float:
     for shard in out.rglob("*.safetensors"):
         with safe_open(shard, framework="pt") as file:
             written |= {key: file.get_tensor(key) for key in file.keys() if ".layers.0." in key}  # noqa: SIM118
+    if name in synthetic_gguf.KINDS:
+        pairs = [(written[key].float(), weight) for key, weight in synthetic_gguf.truth(source / "model.gguf").items()]
+        return max(float((found - weight.bfloat16().float()).abs().max()) for found, weight in pairs)
     worst = 0.0
     with safe_open(source / "model.safetensors", framework="pt") as file:
         names = [key for key in file.keys() if ".layers.0." in key and "norm" not in key]  # noqa: SIM118

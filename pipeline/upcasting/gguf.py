@@ -24,7 +24,7 @@ def laid_out(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Iterator[Layout]:
     """The layout of a GGUF checkpoint, whose pieces can be read, and whose folder exists, inside the block."""
     with tempfile.TemporaryDirectory() as folder, GGUFReader(checkpoint) as reader:
         rebuild(checkpoint, Path(folder))
-        skeleton = skeleton_of(Path(folder), dtype=dtype, trust_remote_code=False)
+        skeleton = skeleton_of(Path(folder), dtype=dtype, trust_remote_code=False, stored=len(checkpoint.tensors))
         made: list[Piece] = []
         dropped: Mapping[str, str] = {}
         problems: list[InputError] = []

@@ -365,5 +365,5 @@ def test_the_skeleton_holds_no_memory(llama):
     """A model of 70 thousand million parameters is described as quickly as a tiny one."""
     edit(llama, config={"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "head_dim": 128,
                         "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256})  # fmt: skip
-    skeleton = skeleton_of(llama, dtype=torch.bfloat16, trust_remote_code=False)
+    skeleton = skeleton_of(llama, dtype=torch.bfloat16, trust_remote_code=False, stored=12)
     assert sum(tensor.numel() for tensor in skeleton.parameters.values()) > 70e9

@@ -198,7 +198,8 @@ def inside(folder: Path, name: str) -> Path:
         path.is_file()
         target = path.resolve()
     except (OSError, ValueError, RuntimeError) as error:  # too long, no text, forbidden, a link to itself
-        raise UnsafePath(f"{folder}: names the file {name!r}, which cannot be opened ({error})") from error
+        why = getattr(error, "strerror", None) or error
+        raise UnsafePath(f"{folder}: names the file {name!r}, which cannot be opened ({why})") from error
     roots = [folder.resolve()]
     if folder.parent.name == "snapshots":  # the hub's cache: a snapshot's files are links into its blobs
         roots.append(folder.parent.parent.resolve() / "blobs")

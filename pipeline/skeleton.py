@@ -25,7 +25,7 @@ _COUNTS = re.compile(r"(^|_)(n|num)_.*(layer|expert|block|depth|stage)s?$|^n_?la
 _MOST_MODULES = 100_000
 # Parameters that a model may have beside four for each stored tensor: they multiply (layers times experts), and each
 # takes a fifth of a millisecond. A checkpoint whose config.json asks for so many more than it holds lacks most of them.
-_MOST_PARAMETERS = 20_000
+_MOST_PARAMETERS = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

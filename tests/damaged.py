@@ -1,11 +1,10 @@
-"""A good tiny checkpoint in every format, and ways to damage one at random that can be repeated from a seed."""
+"""Ways to damage a checkpoint at random, each of which can be repeated from a seed."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,193 +13,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.synthetic import NF4, PACKERS, TINY, Packer, write
-from tests.gguf_models import LLAMA, decoder
-from tests.gguf_models import write as write_gguf
+from tests.every_format import CONFIG, INDEX, MODEL
+from tests.gguf_models import LLAMA
 
-MODEL, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 Change = Callable[[random.Random, Path], str]
 
-
-def _random(random_: torch.Generator, *shape: int) -> Tensor:
-    return torch.randint(0, 256, shape, generator=random_, dtype=torch.uint8)
-
-
-def _scales(random_: torch.Generator, *shape: int) -> Tensor:
-    return torch.rand(shape, generator=random_) / 256 + 1 / 512
-
-
-def _int32(random_: torch.Generator, rows: int, columns: int) -> Tensor:
-    return _random(random_, rows, 4 * columns).view(torch.int32)
-
-
-def _fp4(random_: torch.Generator, outputs: int, inputs: int) -> dict[str, Tensor]:
-    state = {"quant_type": "fp4", "blocksize": 64, "dtype": "bfloat16", "shape": [outputs, inputs]}
-    return {
-        "weight": _random(random_, outputs * inputs // 2, 1),
-        "weight.absmax": _scales(random_, outputs * inputs // 64),
-        "weight.quant_map": torch.tensor(NF4),
-        "weight.quant_state.bitsandbytes__fp4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
-    }
-
-
-def _gemv(random_: torch.Generator, outputs: int, inputs: int) -> dict[str, Tensor]:
-    return {
-        "qweight": _int32(random_, outputs, inputs // 8),
-        "qzeros": _int32(random_, outputs, 1),
-        "scales": _scales(random_, outputs, 8).half(),
-    }
-
-
-def _gemv_fast(random_: torch.Generator, outputs: int, inputs: int) -> dict[str, Tensor]:
-    return {
-        "qweight": _random(random_, outputs // 4, 2 * inputs).view(torch.int16),
-        "qzeros": -_scales(random_, 8, outputs).half(),
-        "scales": _scales(random_, 8, outputs).half(),
-    }
-
-
-def _finite_fp8(random_: torch.Generator, *shape: int) -> Tensor:
-    codes = _random(random_, *shape)
-    codes[(codes & 0x7F) == 0x7F] = 0  # e4m3's two NaNs
-    return codes.view(torch.float8_e4m3fn)
-
-
-def _nvfp4(random_: torch.Generator, outputs: int, inputs: int) -> dict[str, Tensor]:
-    return {
-        "weight_packed": _random(random_, outputs, inputs // 2),
-        "weight_scale": _scales(random_, outputs, inputs // 16).mul(64).to(torch.float8_e4m3fn),
-        "weight_global_scale": torch.tensor([64.0]),
-    }
-
-
-def _channel_fp8(random_: torch.Generator, outputs: int, inputs: int) -> dict[str, Tensor]:
-    return {"weight": _finite_fp8(random_, outputs, inputs), "weight_scale": _scales(random_, outputs, 1).bfloat16()}
-
-
-def _modelopt(random_: torch.Generator, outputs: int, inputs: int) -> dict[str, Tensor]:
-    parts = _nvfp4(random_, outputs, inputs)
-    return {
-        "weight": parts["weight_packed"],
-        "weight_scale": parts["weight_scale"],
-        "weight_scale_2": torch.tensor(1 / 64),
-    }
-
-
-def _hqq(random_: torch.Generator, outputs: int, inputs: int) -> dict[str, Tensor]:
-    groups = outputs * inputs // 64
-    return {
-        "W_q": _random(random_, groups // 2, 64),
-        "scale": _scales(random_, groups, 1).half(),
-        "zero": torch.full((groups, 1), 8.0).half(),
-        "shape": torch.tensor([outputs, inputs]),
-        "group_size": torch.tensor(64, dtype=torch.int32),
-        "axis": torch.tensor(1, dtype=torch.int32),
-        "packing": torch.tensor(list(b"4bit_u8"), dtype=torch.uint8),
-        "view_as_float": torch.tensor(0, dtype=torch.uint8),
-    }
-
-
-def _torchao(random_: torch.Generator, outputs: int, inputs: int) -> dict[str, Tensor]:
-    return {
-        "_weight_qdata": _random(random_, outputs, inputs).view(torch.int8),
-        "_weight_scale": _scales(random_, outputs, inputs // 64),
-        "_weight_zero_point": torch.zeros(outputs, inputs // 64, dtype=torch.int8),
-    }
-
-
-def _dense(random_: torch.Generator, outputs: int, inputs: int) -> dict[str, Tensor]:
-    return {"weight": _scales(random_, outputs, inputs).bfloat16()}
-
-
-def _compressed(layout: str, **weights: Any) -> dict[str, Any]:
-    return {
-        "quant_method": "compressed-tensors", "format": layout, "quantization_status": "compressed",
-        "ignore": ["lm_head", "re:.*norm"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-    }  # fmt: skip
-
-
-_AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
-_WEIGHTS_2D = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
-MORE: dict[str, Packer] = {
-    "dense": (_dense, {}),
-    "fp4": (_fp4, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}),
-    "gemv": (_gemv, {**_AWQ, "version": "gemv"}),
-    "gemv_fast": (_gemv_fast, {**_AWQ, "version": "gemv_fast"}),
-    "auto-round": (
-        PACKERS["gptq"][0],
-        {"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True,
-         "packing_format": "auto_round:auto_gptq", "extra_config": {"model.*k_proj": {"group_size": 128}}},
-    ),
-    "nvfp4": (_nvfp4, _compressed("nvfp4-pack-quantized", **_WEIGHTS_2D)),
-    "float-quantized": (
-        _channel_fp8,
-        _compressed("float-quantized", num_bits=8, type="float", symmetric=True, strategy="channel"),
-    ),
-    "modelopt": (_modelopt, {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}),
-    "hqq": (_hqq, {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}},
-                   "skip_modules": ["lm_head"]}),
-    "torchao": (_torchao, {"quant_method": "torchao", "quant_type": "int8wo"}),
-}  # fmt: skip
-# A row of the catalog → the checkpoints that stand for it.
-STANDING_FOR: dict[str, tuple[str, ...]] = {
-    "dense": ("dense",), "bnb-4bit": ("nf4", "fp4"), "bnb-int8": ("int8",),
-    "gptq": ("gptq", "gptq desc_act", "gptq 3 bits"), "awq": ("awq",), "awq-gemv": ("gemv",),
-    "awq-gemv-fast": ("gemv_fast",), "auto-round": ("auto-round",),
-    "compressed-tensors": ("compressed-tensors int4", "nvfp4", "float-quantized"), "fp8": ("fp8",),
-    "modelopt": ("modelopt",), "mxfp4": ("mxfp4",), "hqq": ("hqq",), "torchao": ("torchao",), "gguf": ("gguf",),
-}  # fmt: skip
-KINDS = ("Q4_K", "Q6_K", "Q8_0", "F16", "IQ4_XS", "Q4_0")
-
-
-def good(folder: Path, name: str) -> Path:
-    """Write the checkpoint `name` to `folder` and return what to name it by: the folder, or a GGUF file in it."""
-    if name == "gguf":
-        folder.mkdir(parents=True)
-        return write_gguf(
-            folder / "model.gguf", "llama", LLAMA | {"block_count": 1}, decoder(layers=1), kinds=KINDS
-        )
-    if name == "mxfp4":
-        return _gpt_oss(folder)
-    write(folder, name, TINY, {**PACKERS, **MORE})
-    if name == "torchao":
-        _describe(folder)
-    return folder
-
-
-def _describe(folder: Path) -> None:
-    tensors = load_file(folder / MODEL)
-    text = json.dumps({"_type": "IntxUnpackedToInt8Tensor", "_data": {"block_size": [1, 64]}})
-    names = [name.removesuffix("._weight_qdata") + ".weight" for name in tensors if name.endswith("._weight_qdata")]
-    save_file(tensors, folder / MODEL, metadata={"format": "pt", **dict.fromkeys(names, text)})
-
-
-def _gpt_oss(folder: Path) -> Path:
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    config = GptOssConfig(
-        num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2, vocab_size=128, hidden_size=64,
-        intermediate_size=32, head_dim=16, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        sliding_window=16, pad_token_id=0,
-    )  # fmt: skip
-    GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tensors, random_ = load_file(folder / MODEL), torch.Generator().manual_seed(0)
-    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
-        count, inputs, outputs = tensors.pop(name).shape
-        tensors[f"{name}_blocks"] = _random(random_, count, outputs, inputs // 32, 16)
-        tensors[f"{name}_scales"] = _random(random_, count, outputs, inputs // 32) % 40 + 100
-    save_file(tensors, folder / MODEL, {"format": "pt"})
-    said = json.loads((folder / CONFIG).read_text())
-    said["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (folder / CONFIG).write_text(json.dumps(said))
-    return folder
-
-
 JUNK: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 3, 5, 7, 16, 2**31, 10**9, 10**12, 2**63, 10**18, 10**25, 10**400, -(10**9), 0.5, -0.0,
-    1e308, float("nan"), float("inf"), "", "x", "4", "128", "1e9", "auto", "None", "\ud800", "\0", "a\nb", "../x", "(a+)+$",
+    None, True, False, 0, -1, 1, 2, 3, 5, 7, 16, 2**31, 10**9, 10**12, 2**63, 10**18, 10**25, 10**400, -(10**9), 0.5,
+    1e308, float("nan"), float("inf"), "", "x", "4", "128", "1e9", "auto", "None", "\ud800", "\0", "a\nb", "../x",
     [], [0], [1], [-1, -1], ["x"], [None], [[]], [[1, 2], [3]], [10**12, 10**12], {}, {"": None}, {"a": {"b": [1]}},
     {"type": "x"}, ".", "..", "a" * 5000,
+)  # fmt: skip
+ARCHITECTURES = (
+    ("mixtral", "MixtralForCausalLM"), ("gpt2", "GPT2LMHeadModel"), ("gpt_oss", "GptOssForCausalLM"),
+    ("deepseek_v3", "DeepseekV3ForCausalLM"), ("mamba", "MambaForCausalLM"), ("bert", "BertModel"), ("t5", "T5Model"),
+    ("qwen3_next", "Qwen3NextForCausalLM"), ("llava", "LlavaForConditionalGeneration"), ("clip", "CLIPModel"),
+    ("gemma3", "Gemma3ForConditionalGeneration"), ("llama", "PreTrainedModel"), ("llama", "LlamaModel"),
+    ("llama", "LlamaForSequenceClassification"), ("whisper", "WhisperForConditionalGeneration"), ("llama", "x.y"),
 )  # fmt: skip
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "U16",
           "U32", "U64", "C64", "F4", "F6_E2M3", "X", None)  # fmt: skip
@@ -208,7 +37,7 @@ DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", 
 
 def _junk(choose: random.Random) -> Any:
     value = choose.choice(JUNK)
-    if choose.random() < 0.05:  # noqa: PLR2004 - now and then, something deep
+    if choose.random() < 0.05:
         for _ in range(choose.choice((3, 50, 900))):
             value = [value] if choose.random() < 0.5 else {"a": value}
     return value
@@ -247,7 +76,7 @@ def _edit_json(choose: random.Random, value: Any, path: str = "") -> str:
 def _in_config(choose: random.Random, folder: Path) -> str:
     config = json.loads((folder / CONFIG).read_text())
     inner = config.get("quantization_config")
-    within = isinstance(inner, dict) and inner and choose.random() < 0.7  # noqa: PLR2004
+    within = isinstance(inner, dict) and inner and choose.random() < 0.7
     done = _edit_json(choose, inner if within else config, "quantization_config" if within else "")
     (folder / CONFIG).write_text(json.dumps(config))
     return f"config {done}"
@@ -258,7 +87,8 @@ def _with_added_key(choose: random.Random, folder: Path) -> str:
     config = json.loads((folder / CONFIG).read_text())
     inner = config.get("quantization_config")
     keys = (
-        "dynamic", "checkpoint_format", "pack_dtype", "version", "format", "backend", "ignore", "modules_to_not_convert",
+        "dynamic", "checkpoint_format", "pack_dtype", "version", "format", "backend", "ignore",
+        "modules_to_not_convert",
         "llm_int8_skip_modules", "weight_block_size", "extra_config", "packing_format", "data_type", "act_bits",
         "config_groups", "sparsity_config", "transform_config", "quantization_status", "quant_config", "w_bit", "sym",
         "q_group_size", "quant_algo", "desc_act", "bits", "group_size", "rotation_config",
@@ -267,11 +97,14 @@ def _with_added_key(choose: random.Random, folder: Path) -> str:
              "architectures", "model_type", "sliding_window", "max_position_embeddings", "mlp_bias", "hidden_act",
              "dtype", "compression_config", "num_local_experts")  # fmt: skip
     target, key = (inner, choose.choice(keys)) if isinstance(inner, dict) else (config, choose.choice(outer))
-    if choose.random() < 0.3:  # noqa: PLR2004
+    if choose.random() < 0.3:
         target, key = config, choose.choice(outer)
     assert target is not None
     value = _junk(choose)
-    target[key] = {choose.choice(("+:.*", "-:.*", "(", "model", "")): value} if choose.random() < 0.3 else value  # noqa: PLR2004
+    target[key] = {choose.choice(("+:.*", "-:.*", "(", "model", "")): value} if choose.random() < 0.3 else value
+    if key in {"model_type", "architectures"} and choose.random() < 0.7:
+        name, kind = choose.choice(ARCHITECTURES)
+        config |= {"model_type": name, "architectures": [kind]}
     (folder / CONFIG).write_text(json.dumps(config))
     return f"config key {key} = {str(target[key])[:60]!r}"
 
@@ -289,7 +122,7 @@ def _repacked(folder: Path, header: Any, data: bytes) -> None:
 def _in_header(choose: random.Random, folder: Path) -> str:
     start, raw = _bytes_of(folder / MODEL)
     header = json.loads(raw[8:start])
-    if choose.random() < 0.5:  # noqa: PLR2004
+    if choose.random() < 0.5:
         done = _edit_json(choose, header)
     else:
         name = choose.choice([name for name in header if name != "__metadata__"])
@@ -299,7 +132,17 @@ def _in_header(choose: random.Random, folder: Path) -> str:
         elif key == "shape":
             shape = list(header[name][key])
             header[name][key] = choose.choice(
-                ([*shape, 1], [1, *shape], shape[::-1], shape[:-1], [], [0], [0, *shape], [n * 2 for n in shape], [2**62] * 3)
+                (
+                    [*shape, 1],
+                    [1, *shape],
+                    shape[::-1],
+                    shape[:-1],
+                    [],
+                    [0],
+                    [0, *shape],
+                    [n * 2 for n in shape],
+                    [2**62] * 3,
+                )
             )
         else:
             header[name][key] = [choose.choice((-1, 0, 1, 8, 2**40, 2**64)), choose.choice((-1, 0, 1, 8, 2**40))]
@@ -351,7 +194,7 @@ def _scramble(choose: random.Random, raw: Tensor) -> None:
     if not raw.numel():
         return
     value = choose.choice((0xFF, 0x00, 0x7F, 0x80, 0x7C))
-    if choose.random() < 0.5:  # noqa: PLR2004
+    if choose.random() < 0.5:
         raw.fill_(value)
         return
     for _ in range(choose.choice((1, 4, 100))):
@@ -367,7 +210,7 @@ def _in_bytes(choose: random.Random, folder: Path) -> str:
     elif kind == 1:
         raw += bytes(choose.randrange(1, 100))
     else:
-        end = 200 if kind == 2 else len(raw)  # noqa: PLR2004
+        end = 200 if kind == 2 else len(raw)
         for _ in range(choose.choice((1, 10))):
             raw[choose.randrange(min(end, len(raw)))] = choose.randrange(256)
     path.write_bytes(raw)
@@ -377,8 +220,8 @@ def _in_bytes(choose: random.Random, folder: Path) -> str:
 def _in_index(choose: random.Random, folder: Path) -> str:
     with safe_open(folder / MODEL, framework="pt") as file:
         index: dict[str, Any] = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(file.keys(), MODEL)}
-    done = _edit_json(choose, index) if choose.random() < 0.8 else "whole"  # noqa: PLR2004
-    (folder / INDEX).write_text(json.dumps(index if choose.random() < 0.9 else _junk(choose)))  # noqa: PLR2004
+    done = _edit_json(choose, index) if choose.random() < 0.8 else "whole"
+    (folder / INDEX).write_text(json.dumps(index if choose.random() < 0.9 else _junk(choose)))
     return f"index {done}"
 
 
@@ -390,7 +233,9 @@ def _in_gguf(choose: random.Random, folder: Path) -> str:
     if kind == 0:
         del raw[choose.randrange(len(raw)) :]
     elif kind == 1:
-        text = choose.choice((b"llama", b"blk.0", b"token_embd", b"block_count", b"gpt2", b"weight", b"rope", b"attention"))
+        text = choose.choice(
+            (b"llama", b"blk.0", b"token_embd", b"block_count", b"gpt2", b"weight", b"rope", b"attention")
+        )
         at = choose.choice([i for i in range(end) if raw.startswith(text, i)] or [0])
         raw[at : at + len(text)] = bytes(choose.randrange(256) for _ in text)
     elif kind == 2:
@@ -406,8 +251,8 @@ def _in_gguf(choose: random.Random, folder: Path) -> str:
 
 
 CHANGES: tuple[Change, ...] = (
-    _in_config, _in_config, _with_added_key, _with_added_key, _in_header, _in_tensors, _in_tensors, _in_tensors, _in_bytes,
-    _in_index,
+    _in_config, _in_config, _with_added_key, _with_added_key, _in_header, _in_tensors, _in_tensors, _in_tensors,
+    _in_bytes, _in_index,
 )  # fmt: skip
 
 
@@ -418,7 +263,7 @@ def damage(source: Path, choose: random.Random) -> list[str]:
     done: list[str] = []
     for change in choose.choices(changes, k=choose.choice((1, 1, 2, 3))):
         try:
-            done.append(partial(change, choose)(folder))
+            done.append(change(choose, folder))
         except Exception:  # what an earlier change broke cannot be changed again
             if not done:
                 raise

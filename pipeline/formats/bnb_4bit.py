@@ -92,7 +92,7 @@ def _scales(group: TensorGroup, state: _State, which: slice) -> Tensor:
 
 
 def _scale_parts(group: TensorGroup, state: _State) -> tuple[Tensor, ...]:
-    """What the scales are made of, of the lengths that there must be: absmax; or its codes, nested_absmax, quant_map."""
+    """What the scales are made of, checked: absmax; or its codes, nested_absmax and nested_quant_map."""
     name, blocks = "weight.absmax", -(-math.prod(state.shape) // state.blocksize)
     if "weight.nested_absmax" not in group.tensors:
         return (require(group, name, dtypes=FLOATS, shape=(blocks,)),)

@@ -17,6 +17,7 @@ ALL = slice(None)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WORDS = (torch.int32,)
 PATTERN_SECONDS = 1.0  # a name takes microseconds; what takes longer was written to hang
+_too_slow: set[str] = set()  # patterns that took longer once: a model has thousands of names to try them on
 
 
 def require(
@@ -65,11 +66,15 @@ def matches(pattern: str, name: str, *, key: str, anywhere: bool = False) -> boo
     Raise CheckpointError where it is none, or takes longer than PATTERN_SECONDS: checkpoints come from anywhere.
     """
     where = f"config.json: quantization_config.{key} pattern {pattern[:80]!r}"
+    slow = CheckpointError(f"{where} takes too long to match {name}; write a simpler one")
+    if pattern in _too_slow:
+        raise slow
     try:
         find = regex.search if anywhere else regex.match
         return find(pattern, name, timeout=PATTERN_SECONDS) is not None
     except TimeoutError as error:
-        raise CheckpointError(f"{where} takes too long to match {name}; write a simpler one") from error
+        _too_slow.add(pattern)
+        raise slow from error
     except (regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{where} is no regular expression ({error}); fix config.json") from error
 

@@ -170,6 +170,7 @@ def test_a_rerun_starts_from_a_clean_folder(llama, tmp_path):
             CheckpointError,
             "is F8_E4M3 and not",
         ),
+        ([], {"model.norm.weight": torch.ones(128, dtype=torch.complex64)}, CheckpointError, "is torch.complex64 and"),
         ([], {f"{O_PROJ}.scales": torch.zeros(1, 128)}, UnexpectedTensor, r"o_proj\.scales: llama has no place"),
     ],
 )
@@ -359,6 +360,12 @@ class TestRemoteCode:
         output = run(own_code, tmp_path, trust_remote_code=True)
         assert (output.folder / "own.py").read_bytes() == (own_code / "own.py").read_bytes()
         assert len(Checkpoint.open(output.folder).tensors) == 12
+
+
+def test_a_config_that_describes_far_more_than_is_stored_is_refused_at_once(llama, tmp_path):
+    edit(llama, config={"num_hidden_layers": 90_000})
+    with pytest.raises(CheckpointError, match="more than 10048 parameter tensors, far more than the checkpoint holds"):
+        run(llama, tmp_path)
 
 
 def test_the_skeleton_holds_no_memory(llama):

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 Components = Mapping[str, Tensor]
+# What packs a layer [O, I], and the quantization_config.
+Packer = tuple[Callable[[torch.Generator, int, int], Components], dict[str, Any]]
 # What NF4's sixteen codes stand for (QLoRA, appendix E); other libraries take them from a table of their own.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -57,10 +59,10 @@ TWO_BILLION = Size(hidden=4096, intermediate=11008, vocabulary=16384, layers=10)
 HALF_BILLION = Size(hidden=2048, intermediate=5632, vocabulary=16384, layers=10)
 
 
-def write(folder: Path, name: str, size: Size) -> int:
-    """Write a Llama of `size` in the format `name` of PACKERS to a new folder; return its parameters."""
+def write(folder: Path, name: str, size: Size, packers: Mapping[str, Packer] | None = None) -> int:
+    """Write a Llama of `size` in the format `name` of `packers` (PACKERS) to a new folder; return its parameters."""
     folder.mkdir(parents=True)
-    pack, quantization = PACKERS[name]
+    pack, quantization = (packers or PACKERS)[name]
     random = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {
         "model.embed_tokens.weight": _dense(random, size.vocabulary, size.hidden),
@@ -176,8 +178,7 @@ _INT4 = {
     }}},
 }  # fmt: skip
 _GPTQ = {"quant_method": "gptq", "group_size": 128, "checkpoint_format": "gptq", "sym": True}
-# Format → what packs one layer, and the quantization_config.
-PACKERS: dict[str, tuple[Callable[[torch.Generator, int, int], Components], dict[str, Any]]] = {
+PACKERS: dict[str, Packer] = {
     "nf4": (_nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
                    "bnb_4bit_use_double_quant": True}),
     "int8": (_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}),

@@ -84,7 +84,7 @@ class Quantization:
                 bits, group_size = int(raw.get("bits", 0)), int(raw.get("group_size", -1))
                 symmetric, ignored = bool(raw.get("sym", True)), raw.get("modules_to_not_convert", raw.get("ignore"))
             names = tuple(str(name) for name in ignored or ())
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(
                 f"config.json: quantization_config of {method} has an unreadable value ({error})"
             ) from error
@@ -178,6 +178,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raise CheckpointError if it is anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text: nobody could write it again
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; the folder is no Hugging Face checkpoint") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -193,10 +194,16 @@ def inside(folder: Path, name: str) -> Path:
     if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in name or "\0" in name:
         raise UnsafePath(f"{folder}: names the file {name!r}, which leaves the folder; do not use this checkpoint")
     path = folder / pure
+    try:
+        path.is_file()
+        target = path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, no text, forbidden, a link to itself
+        why = getattr(error, "strerror", None) or error
+        raise UnsafePath(f"{folder}: names the file {name!r}, which cannot be opened ({why})") from error
     roots = [folder.resolve()]
     if folder.parent.name == "snapshots":  # the hub's cache: a snapshot's files are links into its blobs
         roots.append(folder.parent.parent.resolve() / "blobs")
-    if not any(path.resolve().is_relative_to(root) for root in roots):
+    if not any(target.is_relative_to(root) for root in roots):
         raise UnsafePath(f"{folder}: {name} is a link that leaves the folder; copy the file itself into it")
     return path
 

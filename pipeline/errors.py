@@ -22,14 +22,22 @@ RequantError
 │   └── StoreCorrupt          a stored file is not what its manifest says
 └── GateRefused           exit 3: a variant missed a bound; its alias stays where it was
 
-Each message is one sentence that names the thing, what was found, and the remedy.
+Each message is one sentence that names the thing, what was found, and the remedy. It may quote a checkpoint, which can
+say anything: what a terminal would act on is shown by its escape, and what is long is cut in the middle.
 """
+
+from __future__ import annotations
+
+MOST_CHARACTERS = 1500
 
 
 class RequantError(Exception):
     """The root of the tree."""
 
     exit_code = 1
+
+    def __init__(self, message: str, *rest: object) -> None:
+        super().__init__(one_line(message), *rest)
 
 
 class InputError(RequantError):
@@ -121,3 +129,11 @@ class GateRefused(RequantError):
     """A variant missed a bound; its alias stays where it was."""
 
     exit_code = 3
+
+
+def one_line(text: str) -> str:
+    """`text` on one line of printable characters, at most MOST_CHARACTERS of them: its beginning and its end."""
+    line = " ".join(text.split())
+    if len(line) > MOST_CHARACTERS:
+        line = f"{line[: MOST_CHARACTERS // 2]} … {line[3 - MOST_CHARACTERS // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

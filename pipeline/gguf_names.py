@@ -27,7 +27,7 @@ from pipeline.catalog import FORMATS
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, MissingTensor, UnexpectedTensor
 from pipeline.formats import dense
-from pipeline.gguf_places import Finish, Place, naming_of
+from pipeline.gguf_places import Finish, Naming, Place, naming_of
 from pipeline.pieces import Piece
 from pipeline.shards import TensorGroup
 from pipeline.skeleton import Skeleton
@@ -56,7 +56,7 @@ def pieces(
     joined: dict[str, list[TensorGroup | None]] = {}
     for group in groups:
         name, shape = group.dense_name, shape_of(group, checkpoint)
-        place = naming.place(name, shape)
+        place = _place(naming, name, shape)
         if place is None or not saved.holds(place.target):
             dropped[name] = _reason_to_drop(name, place, model)
         elif place.parts:
@@ -64,7 +64,7 @@ def pieces(
             _once(place.target, twice=parts[place.part] is not None)
             parts[place.part] = group
         else:
-            done = shape if place.finish is None else _shape_after(place.finish, shape)
+            done = shape if place.finish is None else _shape_after(name, place.finish, shape)
             _add(found, saved.piece(saved.name(place.target), group, done, place.finish), saved)
     for target, parts in joined.items():
         groups_of = [part for part in parts if part is not None]
@@ -181,8 +181,25 @@ def _reason_to_drop(name: str, place: Place | None, model: Any) -> str:
     )
 
 
-def _shape_after(finish: Finish, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(finish(torch.ones(()).expand(shape)).shape)
+def _place(naming: Naming, name: str, shape: tuple[int, ...]) -> Place | None:
+    try:
+        return naming.place(name, shape)
+    except Exception as error:  # transformers undoes what llama.cpp does to this architecture, of any shape
+        raise _unfitting(name, shape, error) from error
+
+
+def _shape_after(name: str, finish: Finish, shape: tuple[int, ...]) -> tuple[int, ...]:
+    try:
+        return tuple(finish(torch.ones(()).expand(shape)).shape)
+    except Exception as error:
+        raise _unfitting(name, shape, error) from error
+
+
+def _unfitting(name: str, shape: tuple[int, ...], error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: has shape {list(shape)}, from which transformers cannot make what the file's metadata describe "
+        f"({error}); the two do not belong together"
+    )
 
 
 def _part(group: TensorGroup) -> str:

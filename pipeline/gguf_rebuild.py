@@ -34,11 +34,24 @@ def rebuild(checkpoint: Checkpoint, folder: Path) -> None:
             config = transformers.AutoConfig.from_pretrained(path.parent, **where)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **where)
         except Exception as error:  # metadata from outside can make transformers raise anything
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise CheckpointError(
-                f"{checkpoint.path.name}: transformers cannot make a config and a tokenizer from its metadata "
-                f"(architecture {checkpoint.model_type}: {reason}); upcast the original checkpoint instead"
-            ) from error
+            raise _unmade(checkpoint, error) from error
+    try:
+        _write(checkpoint, config, tokenizer, folder)
+    except UnsupportedFormat:
+        raise
+    except Exception as error:  # as above: what it let pass, it may still not write
+        raise _unmade(checkpoint, error) from error
+
+
+def _unmade(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return CheckpointError(
+        f"{checkpoint.path.name}: transformers cannot make a config and a tokenizer from its metadata "
+        f"(architecture {checkpoint.model_type}: {reason}); upcast the original checkpoint instead"
+    )
+
+
+def _write(checkpoint: Checkpoint, config: Any, tokenizer: Any, folder: Path) -> None:
     _set_rope(checkpoint, config)
     config._name_or_path = ""  # noqa: SLF001 - general.name, and the path it was read from
     names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

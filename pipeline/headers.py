@@ -97,7 +97,7 @@ def _info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         size = math.prod(shape) * ITEM_BITS[dtype]
         valid = all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)) and (end - start) * 8 == size
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise CorruptShard(f"{path.name}: {name} has an unreadable entry ({error!r}); {_AGAIN}") from error
     if not valid:
         raise CorruptShard(f"{path.name}: {name} does not span the bytes of its shape {list(shape)} {dtype}; {_AGAIN}")

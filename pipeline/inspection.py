@@ -69,10 +69,9 @@ def inspect(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Facts
     except InputError as error:
         problems.append(str(error))
     raw = quantization.raw if quantization else {}
-    names = checkpoint.config.get("architectures") or [checkpoint.model_type or "unknown"]
     return Facts(
         path=str(checkpoint.path),
-        architecture=str(names[0]),
+        architecture=_architecture(checkpoint),
         format=row.title if row else str(quantization and quantization.method),
         layout=next(
             (str(raw[key]) for key in ("checkpoint_format", "version", "packing_format", "format") if raw.get(key)),
@@ -91,6 +90,13 @@ def inspect(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Facts
         dropped=dropped,
         problems=tuple(dict.fromkeys(problems)),
     )
+
+
+def _architecture(checkpoint: Checkpoint) -> str:
+    """The class that config.json names, or else its model_type."""
+    names = checkpoint.config.get("architectures")
+    named = str(names[0]) if isinstance(names, list) and names else ""
+    return named or checkpoint.model_type or "unknown"
 
 
 def _upcast(checkpoint: Checkpoint, row: Format, *, trust_remote_code: bool) -> tuple[Mapping[str, str], list[str]]:

@@ -8,10 +8,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from pipeline.catalog import Format
 from pipeline.checkpoint import Checkpoint, inside
+from pipeline.errors import CorruptShard
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -52,12 +53,15 @@ class ShardReader:
         self._open.clear()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The tensor called `name`."""
+        """The tensor called `name`; raise CorruptShard where safetensors itself will not have it."""
         shard = self._checkpoint.weight_map[name]
-        if shard not in self._open:
-            path = inside(self._checkpoint.path, shard)
-            self._open[shard] = safe_open(path, framework="pt", device="cpu")
-        tensor: torch.Tensor = self._open[shard].get_tensor(name)
+        try:
+            if shard not in self._open:
+                path = inside(self._checkpoint.path, shard)
+                self._open[shard] = safe_open(path, framework="pt", device="cpu")
+            tensor: torch.Tensor = self._open[shard].get_tensor(name)
+        except (SafetensorError, AttributeError) as error:  # the latter for a dtype that torch does not have
+            raise CorruptShard(f"{shard}: {name} cannot be read ({error}); download the file again") from error
         return tensor
 
     def groups(self, row: Format) -> Iterator[TensorGroup]:

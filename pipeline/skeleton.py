@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from pipeline.pieces import Piece
 # Config keys whose value is a number of modules: transformers makes as many objects, however large the number is.
 _COUNTS = re.compile(r"(^|_)(n|num)_.*(layer|expert|block|depth|stage)s?$|^n_?layers?$|^depth$|layers?$")
 _MOST_MODULES = 100_000
+# Parameters that a model may have beside four for each stored tensor: they multiply (layers times experts), and each
+# takes a fifth of a millisecond. A checkpoint whose config.json asks for so many more than it holds lacks most of them.
+_MOST_PARAMETERS = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,10 +130,11 @@ class Skeleton:
         return {original, *(alias for alias, other in tied.items() if other == original)} - {name}
 
 
-def skeleton_of(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool) -> Skeleton:
+def skeleton_of(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool, stored: int) -> Skeleton:
     """The skeleton of the architecture that a folder's config.json describes, in `dtype`.
 
-    Raise CheckpointError for a config that transformers cannot build a model from.
+    Raise CheckpointError for a config that transformers cannot build a model from, or one of far more parameters than
+    the `stored` tensors can be.
     """
     import transformers
 
@@ -137,8 +142,10 @@ def skeleton_of(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool) ->
     _check_counts(folder, said)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
+        with torch.device("meta"), _at_most(4 * stored + _MOST_PARAMETERS, folder):
             return Skeleton(_build(said, config, dtype=dtype, trust_remote_code=trust_remote_code), dtype)
+    except CheckpointError:
+        raise
     except Exception as error:  # a config from outside can make an architecture raise anything
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
@@ -157,6 +164,27 @@ def _build(said: Mapping[str, Any], config: Any, *, dtype: torch.dtype, trust_re
         make: Any = named._from_config  # type: ignore[attr-defined]  # noqa: SLF001 - what AutoModel.from_config calls
         return make(config, dtype=dtype)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _at_most(limit: int, folder: Path) -> Iterator[None]:
+    """Raise CheckpointError as soon as the modules that are made in the block have more parameters than `limit`."""
+    count = 0
+
+    def look(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > limit:
+            raise CheckpointError(
+                f"{folder}/config.json: describes a model of more than {limit} parameter tensors, far more than the "
+                "checkpoint holds; download config.json again"
+            )
+
+    handle = torch.nn.modules.module.register_module_parameter_registration_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _check_counts(folder: Path, said: Mapping[str, Any]) -> None:

@@ -192,6 +192,7 @@ def test_a_quantization_config_is_parsed(raw, expected):
         ({"bits": 4}, "names no quant_method"),
         ({"quant_method": "gptq", "bits": "four"}, "unreadable value"),
         ({"quant_method": "gptq", "bits": None}, "unreadable value"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": float("inf")}, "unreadable value"),
         ({"quant_method": "gptq", "bits": 4, "modules_to_not_convert": 3}, "unreadable value"),
         ([4], "quantization_config is list"),
     ],
@@ -199,6 +200,20 @@ def test_a_quantization_config_is_parsed(raw, expected):
 def test_a_quantization_config_that_cannot_be_read_is_refused(tmp_path, raw, said):
     with pytest.raises(CheckpointError, match=said):
         Checkpoint.open(sharded(tmp_path, config={"quantization_config": raw}))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "\ud800", "loop"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UnsafePath, match="which cannot be opened"):
+        inside(tmp_path, name)
+
+
+def test_json_with_half_a_character_is_refused(tmp_path):
+    """No file could be written with it again."""
+    (tmp_path / "config.json").write_text('{"hidden_act": "\\ud800"}')
+    with pytest.raises(CheckpointError, match="surrogates not allowed"):
+        read_json(tmp_path / "config.json")
 
 
 @pytest.fixture

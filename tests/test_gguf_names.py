@@ -229,6 +229,13 @@ def test_unknown_rotary_scaling_is_refused(tmp_path):
             "blk.9.attn_q.weight",
         ),
         ("llama", LLAMA | {"embedding_length": 512}, models.decoder(), CheckpointError, "token_embd.weight: gives"),
+        (
+            "llama",
+            LLAMA | {"attention.head_count_kv": 3},
+            models.decoder(),
+            CheckpointError,
+            r"blk.0.attn_k.weight: has shape \[128, 256\], from which transformers cannot make",
+        ),
         ("zebra", LLAMA, models.decoder(), CheckpointError, "architecture zebra: GGUF model with architecture zebra"),
         (
             "qwen3moe",

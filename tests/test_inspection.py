@@ -110,3 +110,10 @@ def test_the_command_prints_a_line_for_each_fact_and_each_problem(gptq, capsys):
     assert "bits             4 (7 modules)" in said
     assert f"wrong            {MODULE}: scales is in no shard" in said
     assert "becomes" not in said
+
+
+@pytest.mark.parametrize("named", [7, {"model": 1}, [], [None], "x"])
+def test_architectures_of_another_kind_are_no_obstacle(tmp_path, named):
+    config = json.loads((tiny_llama(tmp_path, layers=1) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": named}))
+    assert inspect(Checkpoint.open(tmp_path)).architecture in {"llama", "None"}

@@ -2,11 +2,13 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from pipeline.catalog import DENSE, FORMATS
 from pipeline.checkpoint import INDEX, Checkpoint
+from pipeline.errors import CorruptShard
 from pipeline.shards import ShardReader
 
 
@@ -49,3 +51,21 @@ def test_every_tensor_is_in_exactly_one_group(tmp_path):
         ]
         assert sorted(found) == sorted(names)
         assert [group.dense_name for group in reader.groups(DENSE)] == list(source.tensors)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"__metadata__": 1, "a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}},
+        {"a": {"dtype": "F6_E2M3", "shape": [8], "data_offsets": [0, 6]}},
+    ],
+    ids=["metadata", "dtype"],
+)
+def test_what_safetensors_itself_cannot_read_is_a_sentence(tmp_path, header):
+    raw = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(
+        len(raw).to_bytes(8, "little") + raw + bytes(header["a"]["data_offsets"][1])
+    )
+    (tmp_path / "config.json").write_text("{}")
+    with ShardReader(Checkpoint.open(tmp_path)) as reader, pytest.raises(CorruptShard, match="a cannot be read"):
+        reader["a"]

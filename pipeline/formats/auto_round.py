@@ -13,17 +13,17 @@ expression found in it (inference/utils.py `_expand_regex_config`); what an entr
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import regex
 from torch import Tensor
 
 from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, UnsupportedFormat
 from pipeline.formats import awq, gptq
-from pipeline.formats.components import ALL
+from pipeline.formats.components import ALL, matches
 from pipeline.shards import TensorGroup
 
 LAYOUTS = {
@@ -52,10 +52,10 @@ def own_quantization(module: str, quantization: Quantization) -> Quantization:
     layout = _layout(quantization)
     extra = _extra(module, quantization.raw.get("extra_config") or {})
     values = {**quantization.raw, **{key: value for key, value in extra.items() if value is not None}}
-    _check_integers(module, values)
     try:
+        _check_integers(module, values)
         bits, group_size = int(values.get("bits", 4)), int(values.get("group_size", 128))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{module}: quantization_config.extra_config has an unreadable value ({error})"
         ) from error
@@ -90,10 +90,10 @@ def _extra(module: str, extra: Any) -> Mapping[str, Any]:
         return dict(extra[module])
     for pattern, values in extra.items():
         try:
-            found = re.search(pattern, module)
-        except re.error:
+            regex.compile(pattern)
+        except regex.error:
             continue  # as auto-round does: a name that is no pattern
-        if found and values:
+        if values and matches(pattern, module, key="extra_config", anywhere=True):
             return dict(values)
     return {}
 

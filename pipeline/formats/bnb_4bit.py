@@ -48,6 +48,7 @@ def dense_shape(group: TensorGroup, quantization: Quantization) -> tuple[int, ..
             f"{group.module}: weight has {packed.numel()} bytes, but its quant_state says shape {list(state.shape)}; "
             "download the checkpoint again"
         )
+    _scale_parts(group, state)
     return state.shape
 
 
@@ -58,9 +59,7 @@ def dequantize(group: TensorGroup, quantization: Quantization, rows: slice = ALL
     width = math.prod(shape[1:])
     first, last = (width * row for row in rows.indices(shape[0])[:2])
     before = first % state.blocksize  # weights of the first block that belong to the row above
-    scales = _scales(
-        group, state, math.prod(shape), slice((first - before) // state.blocksize, -(-last // state.blocksize))
-    )
+    scales = _scales(group, state, slice((first - before) // state.blocksize, -(-last // state.blocksize)))
     codes = require_finite(
         group, "weight.quant_map", require(group, "weight.quant_map", dtypes=FLOATS, shape=(16,)).float()
     )
@@ -81,17 +80,28 @@ def _scale(values: Tensor, scales: Tensor, blocksize: int) -> None:
         values[blocks * blocksize :].mul_(scales[blocks])
 
 
-def _scales(group: TensorGroup, state: _State, weights: int, which: slice) -> Tensor:
-    """The scales of the blocks `which`, of all that `weights` weights have."""
-    name, blocks = "weight.absmax", -(-weights // state.blocksize)
+def _scales(group: TensorGroup, state: _State, which: slice) -> Tensor:
+    """The scales of the blocks `which`."""
+    absmax, *double = _scale_parts(group, state)
+    values = absmax[which]
+    if double:
+        nested, table = (tensor.float() for tensor in double)
+        outer = torch.arange(which.start, which.stop, device=values.device) // state.nested_blocksize
+        values = table[values.int()] * nested[outer] + state.nested_offset
+    return require_finite(group, "weight.absmax", values.float())
+
+
+def _scale_parts(group: TensorGroup, state: _State) -> tuple[Tensor, ...]:
+    """What the scales are made of, checked: absmax; or its codes, nested_absmax and nested_quant_map."""
+    name, blocks = "weight.absmax", -(-math.prod(state.shape) // state.blocksize)
     if "weight.nested_absmax" not in group.tensors:
-        return require_finite(group, name, require(group, name, dtypes=FLOATS, shape=(blocks,))[which].float())
-    codes = require(group, name, dtypes=(torch.uint8,), shape=(blocks,))[which]
-    size = state.nested_blocksize
-    nested = require(group, "weight.nested_absmax", dtypes=FLOATS, shape=(-(-blocks // size),)).float()
-    table = require(group, "weight.nested_quant_map", dtypes=FLOATS, shape=(256,)).float()
-    outer = torch.arange(which.start, which.stop, device=codes.device) // size
-    return require_finite(group, name, table[codes.int()] * nested[outer] + state.nested_offset)
+        return (require(group, name, dtypes=FLOATS, shape=(blocks,)),)
+    nested = -(-blocks // state.nested_blocksize)
+    return (
+        require(group, name, dtypes=(torch.uint8,), shape=(blocks,)),
+        require(group, "weight.nested_absmax", dtypes=FLOATS, shape=(nested,)),
+        require(group, "weight.nested_quant_map", dtypes=FLOATS, shape=(256,)),
+    )
 
 
 def _packed(group: TensorGroup) -> Tensor:
@@ -110,7 +120,7 @@ def _state(group: TensorGroup) -> _State:
         )
     raw = _json(group, names[0])
     try:
-        kind, shape = raw["quant_type"], tuple(int(n) for n in raw["shape"])
+        kind, shape = str(raw["quant_type"]), tuple(int(n) for n in raw["shape"])
         blocksize, nested_blocksize = int(raw["blocksize"]), int(raw.get("nested_blocksize", 256))
         offset = float(raw.get("nested_offset", 0.0))
         valid = min(shape, default=0) > 0 and nested_blocksize > 0 and math.isfinite(offset)

@@ -17,6 +17,7 @@ ALL = slice(None)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WORDS = (torch.int32,)
 PATTERN_SECONDS = 1.0  # a name takes microseconds; what takes longer was written to hang
+_too_slow: set[str] = set()  # patterns that took longer once: a model has thousands of names to try them on
 
 
 def require(
@@ -59,16 +60,21 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def matches(pattern: str, name: str, *, key: str) -> bool:
-    """Whether a regular expression from quantization_config's `key` matches `name` from its start.
+def matches(pattern: str, name: str, *, key: str, anywhere: bool = False) -> bool:
+    """Whether a regular expression from quantization_config's `key` matches `name` from its start, or `anywhere` in it.
 
     Raise CheckpointError where it is none, or takes longer than PATTERN_SECONDS: checkpoints come from anywhere.
     """
     where = f"config.json: quantization_config.{key} pattern {pattern[:80]!r}"
+    slow = CheckpointError(f"{where} takes too long to match {name}; write a simpler one")
+    if pattern in _too_slow:
+        raise slow
     try:
-        return regex.match(pattern, name, timeout=PATTERN_SECONDS) is not None
+        find = regex.search if anywhere else regex.match
+        return find(pattern, name, timeout=PATTERN_SECONDS) is not None
     except TimeoutError as error:
-        raise CheckpointError(f"{where} takes too long to match {name}; write a simpler one") from error
+        _too_slow.add(pattern)
+        raise slow from error
     except (regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{where} is no regular expression ({error}); fix config.json") from error
 
@@ -99,7 +105,7 @@ def grid_of(group: TensorGroup, quantization: Quantization, *, bits: tuple[int, 
             group_size=int(override.get("group_size", quantization.group_size)),
             ordered=bool(override.get("desc_act", quantization.raw.get("desc_act", False))),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{group.module}: quantization_config.dynamic has an unreadable value ({error})"
         ) from error
@@ -126,6 +132,10 @@ def _override(module: str, dynamic: Any) -> dict[str, Any]:
         if pattern.startswith("-:"):
             raise CheckpointError(
                 f"{module}: is packed, but quantization_config.dynamic {pattern!r} says it is dense; fix config.json"
+            )
+        if values is not None and not isinstance(values, dict):
+            raise CheckpointError(
+                f"config.json: quantization_config.dynamic {pattern!r} is {type(values).__name__}, expected an object"
             )
         return dict(values or {})
     return {}

@@ -213,7 +213,7 @@ def _packed_codes(group: TensorGroup, scheme: Scheme) -> tuple[Tensor, tuple[int
 def _whole_codes(group: TensorGroup, scheme: Scheme, quantization: Quantization) -> Tensor:
     codes = require(group, "weight", dtypes=WHOLE, shape=(-1, -1))
     dtype, raw = str(codes.dtype).removeprefix("torch."), quantization.raw
-    status = raw.get("quantization_status")
+    status = str(raw.get("quantization_status"))
     if codes.dtype in FLOATS:
         if status not in {"frozen", "decompressed"} and raw.get("format") != "dense":
             raise CheckpointError(

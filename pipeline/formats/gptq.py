@@ -37,8 +37,9 @@ class _Layout:
 
 
 def dense_shape(group: TensorGroup, quantization: Quantization) -> tuple[int, ...]:
-    """[O, I], from the shapes of qweight and g_idx, checked against those of qzeros and scales."""
+    """[O, I], from the shapes of qweight and g_idx, checked against those of qzeros and scales, and g_idx's range."""
     layout = _layout(group, quantization)
+    _order(group, layout)
     return layout.outputs, layout.inputs
 
 
@@ -108,7 +109,7 @@ def _zeros(qzeros: Tensor, bits: int, *, first: bool) -> Tensor:
 
 def _order(group: TensorGroup, layout: _Layout) -> Tensor | None:
     """The group of each input as int64 [I], or None where the groups lie one after another, all full."""
-    size = layout.inputs if layout.grid.group_size == -1 else layout.grid.group_size
+    size = layout.inputs if layout.grid.group_size == -1 else min(layout.grid.group_size, layout.inputs)
     default = torch.arange(layout.inputs) // size
     order = group.tensors["g_idx"].long() if "g_idx" in group.tensors else default
     low, high = (int(n) for n in torch.aminmax(order))
@@ -117,7 +118,7 @@ def _order(group: TensorGroup, layout: _Layout) -> Tensor | None:
             f"{group.module}: g_idx names groups {low} to {high}, but there are {layout.groups}; "
             "download the checkpoint again"
         )
-    full = layout.inputs % layout.groups == 0 and layout.inputs // layout.groups == min(size, layout.inputs)
+    full = layout.inputs % layout.groups == 0 and layout.inputs // layout.groups == size
     return None if full and torch.equal(order.cpu(), default) else order
 
 

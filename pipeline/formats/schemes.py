@@ -73,8 +73,12 @@ def _online(config: Any) -> Iterator[tuple[str, str]]:
 def scheme_of(module: str, quantization: Quantization) -> Scheme:
     """The scheme of one packed module; raise an InputError where the config has none for it, or none that can be."""
     groups = _groups(quantization)
-    ignored = [str(name) for name in quantization.raw.get("ignore") or ()]
-    if _by_name(module, ignored, key="ignore") is not None:
+    ignored = quantization.raw.get("ignore") or []
+    if not isinstance(ignored, list):
+        raise CheckpointError(
+            f"config.json: quantization_config.ignore is {type(ignored).__name__}, expected a list of names; fix it"
+        )
+    if _by_name(module, map(str, ignored), key="ignore") is not None:
         raise CheckpointError(f"{module}: is packed, but quantization_config.ignore says it is dense; fix config.json")
     target = _by_name(module, groups, key="targets") or _by_class(module, groups)
     group = groups[target]
@@ -138,7 +142,7 @@ def _parse(module: str, weights: Mapping[str, Any]) -> Scheme:
         inferred = "tensor" if size is None else "channel" if int(size) == -1 else "group"
         strategy = str(weights.get("strategy") or inferred).lower()
         block = _block(strategy, weights)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{module}: its scheme in quantization_config.config_groups has an unreadable value ({error}); "
             "fix config.json"
@@ -164,7 +168,7 @@ def _block(strategy: str, weights: Mapping[str, Any]) -> tuple[int, int] | None:
         case "channel":
             return 1, 0
         case "group" | "tensor_group":
-            return 1, int(weights["group_size"] or 0) or -1
+            return 1, int(weights.get("group_size") or 0) or -1
         case "block":
             structure = weights.get("block_structure")
             height, width = structure.split("x") if isinstance(structure, str) else structure or (0, 0)

@@ -107,7 +107,7 @@ def _described(group: TensorGroup, quantization: Quantization) -> tuple[str, tup
         raw = json.loads(text)
         kind, block = str(raw["_type"]), raw["_data"].get("block_size", ())
         size = tuple(int(n) for n in block)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise CheckpointError(
             f"{group.dense_name}: its __metadata__ cannot be read ({error!r}); download the checkpoint again"
         ) from error

@@ -52,7 +52,9 @@ def laid_out(checkpoint: Checkpoint, row: Format, *, dtype: torch.dtype, trust_r
         with from_gguf(checkpoint, dtype=dtype) as layout:
             yield layout
         return
-    skeleton = skeleton_of(checkpoint.path, dtype=dtype, trust_remote_code=trust_remote_code)
+    skeleton = skeleton_of(
+        checkpoint.path, dtype=dtype, trust_remote_code=trust_remote_code, stored=len(checkpoint.tensors)
+    )
     with ShardReader(checkpoint) as reader:
         yield _lay_out(reader, row, checkpoint, skeleton)
 
@@ -118,8 +120,8 @@ def _piece(group: TensorGroup, place: Place, row: Format, checkpoint: Checkpoint
     stored = dense.dequantize(group).dtype
     if stored != place.dtype and not (stored in (*FLOATS, torch.float64) and place.dtype.is_floating_point):
         raise CheckpointError(
-            f"{group.dense_name}: is {DTYPE_NAMES[stored]} and not packed in any way that {row.title} knows, "
-            f"expected {DTYPE_NAMES[place.dtype]}; fix quantization_config in config.json"
+            f"{group.dense_name}: is {DTYPE_NAMES.get(stored, stored)} and not packed in any way that {row.title} "
+            f"knows, expected {DTYPE_NAMES[place.dtype]}; fix quantization_config in config.json"
         )
     return Piece(name=group.dense_name, group=group, dtype=place.dtype, shape=dense.dense_shape(group))
 

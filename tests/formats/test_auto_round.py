@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.catalog import FORMATS, format_of
 from pipeline.checkpoint import Checkpoint, Quantization
 from pipeline.errors import CheckpointError, UnsupportedFormat
-from pipeline.formats import auto_round
+from pipeline.formats import auto_round, components
 from pipeline.sizes import dense_sizes
 from tests.formats.groups import by_rows, pack_last, packed, quantized
 
@@ -136,6 +136,7 @@ def test_awq_is_handed_on_as_gemm():
         ({"data_type": "mx_fp"}, UnsupportedFormat, "layer: auto-round with mx_fp and 16-bit activations"),
         ({"act_bits": 8}, UnsupportedFormat, "int and 8-bit activations"),
         ({"rotation_config": {"kind": "hadamard"}}, UnsupportedFormat, "a rotation_config cannot be read"),
+        ({"act_bits": "few"}, CheckpointError, "unreadable value"),
         ({"extra_config": [1]}, CheckpointError, "extra_config is no object"),
         ({"extra_config": {"layer": 4}}, CheckpointError, "extra_config is no object"),
         ({"extra_config": {"layer": {"bits": "four"}}}, CheckpointError, "unreadable value"),
@@ -149,3 +150,10 @@ def test_awq_is_handed_on_as_gemm():
 def test_what_is_malformed_is_refused_in_a_sentence(config, error, said):
     with pytest.raises(error, match=said):
         auto_round.dequantize(packed(eight()), quantized("auto-round", **({"bits": 4, "group_size": 8} | config)))
+
+
+def test_a_pattern_that_hangs_is_refused_and_what_is_none_is_passed_over(monkeypatch):
+    monkeypatch.setattr(components, "PATTERN_SECONDS", 0.1)
+    extra = {"(": {"bits": 8}, "(x{1,9999}){1,9999}" * 49: {"bits": 8}}
+    with pytest.raises(CheckpointError, match=r"extra_config pattern .* takes too long to match xxx"):
+        auto_round.own_quantization("x" * 100, quantized("auto-round", bits=4, extra_config=extra))

@@ -101,6 +101,7 @@ def test_what_was_packed_comes_back(seed, blocksize, shape):
         ({STATE: state(blocksize=48)}, UnsupportedFormat, "in blocks of 48 cannot be read"),
         ({STATE: state(blocksize="many")}, CheckpointError, "cannot be read"),
         ({STATE: state(quant_type="af4")}, UnsupportedFormat, "bitsandbytes af4"),
+        ({STATE: state(quant_type=["nf4"])}, UnsupportedFormat, r"bitsandbytes \['nf4'\]"),
         ({"weight.nested_absmax": torch.ones(1)}, CheckpointError, "weight.absmax is float32, expected uint8"),
     ],
 )
@@ -108,6 +109,11 @@ def test_what_is_malformed_is_refused_in_a_sentence(change, error, said):
     tensors = {name: tensor for name, tensor in (module() | change).items() if tensor is not None}
     with pytest.raises(error, match=said):
         bnb_4bit.dequantize(packed(tensors), CONFIG)
+
+
+def test_a_wrong_count_of_scales_is_known_before_anything_is_computed():
+    with pytest.raises(CheckpointError, match=r"weight.absmax has shape \[3\], expected \[2\]"):
+        bnb_4bit.dense_shape(packed(module() | {"weight.absmax": torch.ones(3)}), CONFIG)
 
 
 def write(folder, **options):

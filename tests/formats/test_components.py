@@ -25,6 +25,15 @@ def test_a_pattern_that_takes_too_long_is_an_error(monkeypatch):
         matches("(x{1,9999}){1,9999}" * 50, "x" * 100, key="targets")
 
 
+def test_a_pattern_that_took_too_long_once_is_not_tried_on_the_next_name(monkeypatch):
+    monkeypatch.setattr(components, "PATTERN_SECONDS", 0.1)
+    pattern = "(y{1,9999}){1,9999}" * 50
+    with pytest.raises(CheckpointError, match="takes too long to match yyy"):
+        matches(pattern, "y" * 100, key="targets")
+    with pytest.raises(CheckpointError, match="takes too long to match z"):
+        matches(pattern, "z", key="targets")
+
+
 @pytest.mark.parametrize("pattern", ["(", "[", "(" * 3000 + ")" * 3000, "*"])
 def test_what_is_no_pattern_is_an_error(pattern):
     with pytest.raises(CheckpointError, match=re.escape("targets pattern") + ".* is no regular expression"):

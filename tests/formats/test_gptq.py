@@ -130,6 +130,8 @@ def test_dynamic_gives_a_module_other_bits_and_group_size():
         ({}, {"pack_dtype": "int64"}, UnsupportedFormat, "packed in int64"),
         ({}, {"dynamic": {"(": {}}}, CheckpointError, "is no regular expression"),
         ({}, {"dynamic": {".*": {"bits": "four"}}}, CheckpointError, "unreadable value"),
+        ({}, {"dynamic": {".*": {"bits": float("inf")}}}, CheckpointError, "unreadable value"),
+        ({}, {"dynamic": {".*": 4}}, CheckpointError, r"dynamic '\.\*' is int, expected an object"),
         ({}, {"dynamic": [1]}, CheckpointError, "dynamic is list"),
     ],
 )
@@ -137,6 +139,16 @@ def test_what_is_malformed_is_refused_in_a_sentence(change, config, error, said)
     tensors = {name: tensor for name, tensor in (eight() | change).items() if tensor is not None}
     with pytest.raises(error, match=said):
         gptq.dequantize(packed(tensors), quantized("gptq", **({"bits": 4, "group_size": 8} | config)))
+
+
+def test_a_g_idx_out_of_range_is_known_before_anything_is_computed():
+    with pytest.raises(CheckpointError, match="g_idx names groups 9 to 9, but there are 1"):
+        gptq.dense_shape(packed(eight() | {"g_idx": torch.full((8,), 9)}), quantized("gptq", bits=4, group_size=8))
+
+
+def test_a_group_size_larger_than_any_weight_is_one_group():
+    plain = gptq.dequantize(packed(eight()), quantized("gptq", bits=4, group_size=8))
+    assert torch.equal(gptq.dequantize(packed(eight()), quantized("gptq", bits=4, group_size=10**25)), plain)
 
 
 def test_a_dynamic_pattern_that_backtracks_forever_does_not_hang():

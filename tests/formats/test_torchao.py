@@ -154,6 +154,7 @@ def test_what_is_packed_for_one_kernel_is_refused_from_its_header(tmp_path):
         ({}, described(block=(4,)), CheckpointError, "do not divide"),
         ({}, described(block=()), CheckpointError, "do not divide"),
         ({}, described(block=("a", 1)), CheckpointError, "its __metadata__ cannot be read"),
+        ({}, described(block=(float("inf"), 1)), CheckpointError, "its __metadata__ cannot be read"),
         ({}, described("Float8Tensor"), CheckpointError, "weight_qdata is int8, expected float8_e4m3fn or"),
         ({}, described("Int4TilePackedTo4dTensor"), UnsupportedFormat, "torchao's Int4TilePackedTo4dTensor cannot"),
         ({}, described("Int4Tensor"), UnsupportedFormat, "torchao's Int4Tensor cannot be read, only Int8Tensor"),

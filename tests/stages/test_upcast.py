@@ -171,6 +171,7 @@ def test_a_rerun_starts_from_a_clean_folder(llama, tmp_path):
             CheckpointError,
             "is F8_E4M3 and not",
         ),
+        ([], {"model.norm.weight": torch.ones(128, dtype=torch.complex64)}, CheckpointError, "is torch.complex64 and"),
         ([], {f"{O_PROJ}.scales": torch.zeros(1, 128)}, UnexpectedTensor, r"o_proj\.scales: llama has no place"),
     ],
 )
@@ -362,9 +363,15 @@ class TestRemoteCode:
         assert len(Checkpoint.open(output.folder).tensors) == 12
 
 
+def test_a_config_that_describes_far_more_than_is_stored_is_refused_at_once(llama, tmp_path):
+    edit(llama, config={"num_hidden_layers": 90_000})
+    with pytest.raises(CheckpointError, match="more than 10048 parameter tensors, far more than the checkpoint holds"):
+        run(llama, tmp_path)
+
+
 def test_the_skeleton_holds_no_memory(llama):
     """A model of 70 thousand million parameters is described as quickly as a tiny one."""
     edit(llama, config={"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "head_dim": 128,
                         "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256})  # fmt: skip
-    skeleton = skeleton_of(llama, dtype=torch.bfloat16, trust_remote_code=False)
+    skeleton = skeleton_of(llama, dtype=torch.bfloat16, trust_remote_code=False, stored=12)
     assert sum(tensor.numel() for tensor in skeleton.parameters.values()) > 70e9

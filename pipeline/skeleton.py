@@ -17,6 +17,7 @@ import torch
 
 from pipeline.checkpoint import read_json
 from pipeline.errors import CheckpointError, InputError, MissingTensor
+from pipeline.model_class import class_of
 from pipeline.pieces import Piece
 
 # Config keys whose value is a number of modules: transformers makes as many objects, however large the number is.
@@ -153,15 +154,11 @@ def skeleton_of(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool) ->
 
 
 def _build(said: Mapping[str, Any], config: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The model without weights: the class that config.json names, or else a causal language model."""
-    import transformers
-
-    names = said.get("architectures") or [""]
-    named: Any = getattr(transformers, str(names[0]), None)
-    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-        make: Any = named._from_config  # type: ignore[attr-defined]  # noqa: SLF001 - what AutoModel.from_config calls
-        return make(config, dtype=dtype)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    """The model without weights."""
+    make = class_of(said, trust_remote_code=trust_remote_code)
+    if hasattr(make, "_from_config"):
+        return make._from_config(config, dtype=dtype)  # noqa: SLF001 - what AutoModel.from_config calls
+    return make.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def _check_counts(folder: Path, said: Mapping[str, Any]) -> None:

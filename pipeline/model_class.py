@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args
 
-import transformers
-
 
 def class_of(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
     """The class that comes first in `architectures`, or else AutoModelForCausalLM.
 
     A model that brings its own code, where that is trusted, gives the auto class under which its auto_map has it.
     """
+    import transformers
+
     name = str((config.get("architectures") or [""])[0])
     auto_map = config.get("auto_map")
     if trust_remote_code and isinstance(auto_map, dict):

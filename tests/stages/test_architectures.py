@@ -11,10 +11,12 @@ from tests.architectures import ARCHITECTURES
 from tests.packed_models import PACKERS, check_same, configure, pack, reloaded, saved, store, stored, upcast
 
 LAYOUTS = {"gptq": "float32", "fp8": "bfloat16", "compressed-tensors": "float16"}
+# Names and shapes do not depend on the layout: every architecture in GPTQ, and in one of the others.
+CASES = [(name, "gptq") for name in ARCHITECTURES]
+CASES += [(name, ("fp8", "compressed-tensors")[i % 2]) for i, name in enumerate(ARCHITECTURES)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_a_packed_model_comes_back_as_it_was(name, layout, tmp_path):
     architecture = ARCHITECTURES[name]
     model = saved(architecture, tmp_path / "source")

@@ -1,1 +1,1 @@
-"""Tests of pipeline/upcasting."""
+"""Tests of pipeline.upcasting."""

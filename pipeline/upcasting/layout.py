@@ -27,8 +27,9 @@ _LEAST_MASK = 1e3  # 1e4 in float16's time, 1e9 before
 class Layout:
     """The pieces in the order in which they are written; `dropped` maps a stored tensor to why it is left out.
 
-    Packed tensors are dropped under the name of the dense one that they would become. `problems` is what keeps the checkpoint from becoming dense:
-    empty for one that can be written. `described` is the folder with its config.json and tokenizer.
+    Packed tensors are dropped under the name of the dense one that they would become. `problems` is what keeps the
+    checkpoint from becoming dense: empty for one that can be written. `described` is the folder with its config.json
+    and tokenizer.
     """
 
     pieces: tuple[Piece, ...]

@@ -16,6 +16,7 @@ from pipeline.headers import TensorInfo, read_header, read_metadata
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 MODELOPT = "hf_quant_config.json"  # where ModelOpt's exporter says what config.json may leave out
 # What travels along unchanged, beside the weights: configs, tokenizer, chat template, licence, and the code of models
 # that bring their own (copied; it runs only where the recipe trusts it).
@@ -121,7 +122,7 @@ class Checkpoint:
                 f"{path}: no such folder; name a folder with config.json and safetensors files, or a {SUFFIX} file"
             )
         config = read_json(inside(path, "config.json"))
-        raw = config.get("quantization_config") or config.get("compression_config") or _modelopt(path)
+        raw = _declared(config) or _modelopt(path)
         if raw is not None and not isinstance(raw, dict):
             raise CheckpointError(
                 f"{path}/config.json: quantization_config is {type(raw).__name__}, expected an object"
@@ -135,10 +136,6 @@ class Checkpoint:
             quantization=_quantization(path, raw, weight_map) if raw else None,
             companions=_companions(path),
         )
-
-    def copy_companions(self, folder: Path) -> None:
-        """Copy what goes along with the weights to `folder`, byte for byte."""
-        copy_companions(self.path, folder)
 
     @property
     def shards(self) -> tuple[str, ...]:
@@ -280,6 +277,13 @@ def copy_companions(source: Path, folder: Path) -> None:
     for name in _companions(source):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
+
+
+def _declared(config: Mapping[str, Any]) -> Any:
+    """How config.json says that the weights, or those of its language model alone, are quantized."""
+    text = config.get("text_config")
+    parts = [config, text] if isinstance(text, dict) else [config]
+    return next((part[key] for part in parts for key in QUANTIZATION_KEYS if part.get(key)), None)
 
 
 def _modelopt(folder: Path) -> dict[str, Any] | None:

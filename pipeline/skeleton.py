@@ -18,6 +18,7 @@ import torch
 
 from pipeline.checkpoint import read_json
 from pipeline.errors import CheckpointError, InputError, MissingTensor
+from pipeline.model_class import class_of
 from pipeline.pieces import Piece
 
 # Config keys whose value is a number of modules: transformers makes as many objects, however large the number is.
@@ -74,12 +75,7 @@ class Skeleton:
 
     def place(self, name: str) -> Place | None:
         """Where the dense tensor `name` goes, or None where the model has no place for it."""
-        from transformers.core_model_loading import rename_source_key
-
-        prefix = self.model.base_model_prefix
-        parameter, _ = rename_source_key(name, self._renamings, self._converters, prefix, self._state)
-        if parameter not in self._state and name in self._state:
-            parameter, _ = rename_source_key(name, [], [], prefix, self._state)
+        parameter = self._renamed(name)
         if parameter not in self._state:
             return None
         dtype = self._state[parameter].dtype
@@ -89,7 +85,7 @@ class Skeleton:
 
     def ignores(self, name: str) -> bool:
         """Whether the architecture itself says that a tensor of this name is of no use to it."""
-        return self._ignored(name)
+        return self._ignored(self._renamed(name))
 
     def problems(self, pieces: Iterable[Piece]) -> Iterator[InputError]:
         """What `from_pretrained` would report of a dense checkpoint of these pieces.
@@ -110,6 +106,16 @@ class Skeleton:
         for name in (name for name in self._state if name in lacking):
             if not self._optional(name) and not any(alias not in lacking for alias in self._family(name)):
                 yield MissingTensor(f"{name}: is in no shard; the checkpoint is incomplete, download it again")
+
+    def _renamed(self, name: str) -> str:
+        """What the loader calls the checkpoint's tensor `name`; for one of several that it joins, their common name."""
+        from transformers.core_model_loading import rename_source_key
+
+        prefix = self.model.base_model_prefix
+        parameter: str = rename_source_key(name, self._renamings, self._converters, prefix, self._state)[0]
+        if parameter not in self._state and name in self._state:
+            parameter = rename_source_key(name, [], [], prefix, self._state)[0]
+        return parameter
 
     def _load(self, state: Mapping[str, torch.Tensor]) -> Any:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -155,15 +161,11 @@ def skeleton_of(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool, st
 
 
 def _build(said: Mapping[str, Any], config: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The model without weights: the class that config.json names, or else a causal language model."""
-    import transformers
-
-    names = said.get("architectures") or [""]
-    named: Any = getattr(transformers, str(names[0]), None)
-    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-        make: Any = named._from_config  # type: ignore[attr-defined]  # noqa: SLF001 - what AutoModel.from_config calls
-        return make(config, dtype=dtype)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    """The model without weights."""
+    make = class_of(said, trust_remote_code=trust_remote_code)
+    if hasattr(make, "_from_config"):
+        return make._from_config(config, dtype=dtype)  # noqa: SLF001 - what AutoModel.from_config calls
+    return make.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 @contextmanager

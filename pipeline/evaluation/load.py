@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GgufConfig
 from transformers.utils import logging
 
 from pipeline.checkpoint import Checkpoint
@@ -18,17 +18,26 @@ def device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def load_model(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The causal language model of a folder, in evaluation mode on `device()`.
+def load_model(path: Path, *, model_class: Any = AutoModelForCausalLM, trust_remote_code: bool = False) -> Any:
+    """The model of a folder or a GGUF file, by default a causal language model, in evaluation mode on `device()`.
 
     Raises ReloadMismatch on any missing, unexpected or mismatched key: transformers fills those with random weights.
-    Dense weights are computed in float32 on a CPU, where bf16 has no units of its own on many machines.
+    Dense weights are computed in float32 on a CPU, where bf16 has no units of its own on many machines; a GGUF file's
+    are made dense while it is loaded.
     """
     logging.disable_progress_bar()
-    dense = Checkpoint.open(path).quantization is None
-    dtype = torch.float32 if dense and device().type == "cpu" else "auto"
-    model, found = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, device_map=device().type, output_loading_info=True, trust_remote_code=trust_remote_code
+    checkpoint = Checkpoint.open(path)
+    dense = checkpoint.quantization is None or checkpoint.is_gguf
+    where: dict[str, Any] = {}
+    if checkpoint.is_gguf:
+        where = {"gguf_file": checkpoint.path.name, "quantization_config": GgufConfig(dequantize=True)}
+    model, found = model_class.from_pretrained(
+        checkpoint.folder,
+        dtype=torch.float32 if dense and device().type == "cpu" else "auto",
+        device_map=device().type,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+        **where,
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found.get(kind):

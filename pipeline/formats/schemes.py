@@ -91,6 +91,21 @@ def scheme_of(module: str, quantization: Quantization) -> Scheme:
     return _parse(module, weights)
 
 
+def activations(quantization: Quantization) -> str:
+    """What the model rounds its layers' inputs to, as in `catalog.Format.activations`; the coarsest of several.
+
+    A scale that all of a layer's inputs share is told by "by tensor" after it.
+    """
+    found = []
+    for group in _groups(quantization).values():
+        given = group.get("input_activations")
+        if isinstance(given, dict):
+            bits, kind = given.get("num_bits") or 8, str(given.get("type") or "int").lower()
+            by_tensor = given.get("strategy") == "tensor" and not given.get("dynamic")
+            found.append((bits, not by_tensor, f"{kind}{bits}{' by tensor' if by_tensor else ''}"))
+    return min(found)[2] if found else ""
+
+
 def _groups(quantization: Quantization) -> dict[str, dict[str, Any]]:
     """Target → its scheme; of two for one target the last counts."""
     groups = quantization.raw.get("config_groups")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.catalog import Format, format_to
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import Checkpoint, copy_companions
 from pipeline.errors import NonFinite, ReloadMismatch
 from pipeline.formats.components import all_finite
 from pipeline.shard_writer import ShardWriter
@@ -98,7 +98,7 @@ def write_folder(
     config = {**parent.config, "quantization_config": dict(quantization)}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (order.out / "config.json").write_text(text, encoding="utf-8")
-    parent.copy_companions(order.out)
+    copy_companions(parent.path, order.out)
     return _written(parent, Checkpoint.open(order.out), row)
 
 

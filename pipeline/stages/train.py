@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import Checkpoint, copy_companions
 from pipeline.encoding import encode, load_tokenizer
 from pipeline.rows import read_rows
 from pipeline.stages import Job, Output
@@ -94,7 +94,7 @@ def fresh(folder: Path) -> Path:
 def copy_beside_weights(base: Checkpoint, folder: Path) -> None:
     """Copy config.json, tokenizer and whatever else goes with the weights, unchanged."""
     shutil.copyfile(base.path / "config.json", folder / "config.json")
-    base.copy_companions(folder)
+    copy_companions(base.path, folder)
 
 
 def _metrics(trained: Trained) -> dict[str, float]:

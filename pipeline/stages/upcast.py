@@ -13,12 +13,13 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline import progress
 from pipeline.catalog import format_of
-from pipeline.checkpoint import Checkpoint, copy_companions, read_json
+from pipeline.checkpoint import QUANTIZATION_KEYS, Checkpoint, copy_companions, read_json
 from pipeline.digests import digest_value
 from pipeline.shard_writer import MAX_SHARD_BYTES, ShardWriter
 from pipeline.stages import Job, Output
@@ -80,12 +81,19 @@ def _prepare(job: Job, checkpoint: Checkpoint) -> Path:
 
 def _write_config(described: Path, out: Path, dtype: str) -> None:
     """Write config.json as it was, but dense: every other key in its place."""
-    config: Mapping[str, object] = {
-        key: dtype if key in {"dtype", "torch_dtype"} else value
-        for key, value in read_json(described / "config.json").items()
-        if key not in {"quantization_config", "compression_config"}
-    }
+    config = _dense(read_json(described / "config.json"), dtype)
     if not {"dtype", "torch_dtype"} & config.keys():
         config = {**config, "dtype": dtype}
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")
+
+
+def _dense(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """`config`, and what it says of a model's parts, without how weights were quantized, and in `dtype`."""
+    kept = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    for key, value in kept.items():
+        if key in {"dtype", "torch_dtype"}:
+            kept[key] = dtype
+        elif key.endswith("_config") and isinstance(value, dict):
+            kept[key] = _dense(value, dtype)
+    return kept

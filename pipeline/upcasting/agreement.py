@@ -7,7 +7,8 @@ model may lie MARGIN times as far from it. A module that was dequantized wrongly
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,17 @@ import torch
 from torch import Tensor
 
 from pipeline.catalog import format_of
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import Checkpoint, read_json
 from pipeline.encoding import load_tokenizer
 from pipeline.errors import InputError, ReloadMismatch
 from pipeline.evaluation.load import load_model
+from pipeline.formats import schemes
+from pipeline.model_class import class_of, lacks
 
 MARGIN = 4.0
 FLOOR = 1e-6  # nats: float32 sums in another order
 MOST_TOKENS = 512
+PART = 16  # tokens
 TEXT = """\
 def gcd(a, b):
     \"\"\"Greatest common divisor of two integers, after Euclid.\"\"\"
@@ -50,20 +54,31 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """The packed model's answer to a text: logits [T, V] float32 for the token ids."""
+    """The packed model's answer to a text: logits [N, V] float32 for the token ids [1, T], of `model_class`.
+
+    `activations` is what the packed model rounds its layers' inputs to.
+    """
 
     tokens: Tensor
     logits: Tensor
     activations: str
+    model_class: Any
     trust_remote_code: bool
 
     @staticmethod
     def ask(source: Path, *, text: str = TEXT, trust_remote_code: bool = False) -> Question:
-        """Load the packed model as its users do; raise InputError where transformers cannot."""
+        """Load the packed model as its users do; raise InputError where transformers cannot, or it has no logits."""
         checkpoint = Checkpoint.open(source)
-        tokens = _tokens(source, text, trust_remote_code=trust_remote_code)
+        with _described(checkpoint) as folder:
+            config = read_json(folder / "config.json")
+            model_class = class_of(config, trust_remote_code=trust_remote_code)
+            if reason := lacks(model_class):
+                raise InputError(
+                    f"{source}: --verify compares logits, but {model_class.__name__} {reason}; leave out --verify"
+                )
+            tokens = _tokens(folder, text, config, trust_remote_code=trust_remote_code)
         try:
-            model = load_model(source, trust_remote_code=trust_remote_code)
+            model = load_model(source, model_class=model_class, trust_remote_code=trust_remote_code)
             logits = _logits(model, tokens)
         except Exception as error:  # a quantizer may raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -71,12 +86,14 @@ class Question:
                 f"{source}: its logits cannot be had for --verify, since transformers cannot run it here ({reason}); "
                 "leave out --verify"
             ) from error
-        activations = format_of(checkpoint.quantization).activations
-        return Question(tokens=tokens, logits=logits, activations=activations, trust_remote_code=trust_remote_code)
+        return Question(
+            tokens=tokens, logits=logits, activations=_activations(checkpoint), model_class=model_class,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
 
     def compare(self, dense: Path) -> Agreement:
         """The dense model's answer beside it; raise ReloadMismatch where they differ by more than rounding."""
-        model = load_model(dense, trust_remote_code=self.trust_remote_code)
+        model = load_model(dense, model_class=self.model_class, trust_remote_code=self.trust_remote_code)
         exact = _logits(model, self.tokens)
         with _rounding(model.to(torch.bfloat16), self.activations):
             rounded = _logits(model, self.tokens)
@@ -94,17 +111,51 @@ class Question:
         return found
 
 
-def _tokens(source: Path, text: str, *, trust_remote_code: bool) -> Tensor:
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    ids = tokenizer(text)["input_ids"][:MOST_TOKENS]
+@contextmanager
+def _described(checkpoint: Checkpoint) -> Iterator[Path]:
+    """The folder with a checkpoint's config.json and tokenizer."""
+    if not checkpoint.is_gguf:
+        yield checkpoint.path
+        return
+    from pipeline.gguf_rebuild import rebuild
+
+    with tempfile.TemporaryDirectory() as folder:
+        rebuild(checkpoint, Path(folder))
+        yield Path(folder)
+
+
+def _activations(checkpoint: Checkpoint) -> str:
+    if checkpoint.quantization is not None and checkpoint.quantization.method == "compressed-tensors":
+        return schemes.activations(checkpoint.quantization)
+    return format_of(checkpoint.quantization).activations
+
+
+def _tokens(folder: Path, text: str, config: Mapping[str, Any], *, trust_remote_code: bool) -> Tensor:
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    longest = config.get("max_position_embeddings") or config.get("n_positions") or MOST_TOKENS
+    # RoBERTa's kin count the two positions that no token has.
+    ids = tokenizer(text)["input_ids"][: min(MOST_TOKENS, max(1, longest - 2))]
     if not ids:
-        raise InputError(f"{source}: its tokenizer makes no token of the text; give another with --text")
+        raise InputError(f"{folder}: its tokenizer makes no token of the text; give another with --text")
     return torch.tensor([ids])
 
 
 @torch.inference_mode()
 def _logits(model: Any, tokens: Tensor) -> Tensor:
-    found: Tensor = model(input_ids=tokens.to(model.device)).logits[0].float().cpu()
+    """The logits [N, V] of each position; of each PART of the text for a model that has one answer for all of it."""
+    tokens = tokens.to(model.device)
+    found: Tensor = _answer(model, tokens)
+    if found.ndim == 2:  # noqa: PLR2004 - [1, V]
+        parts = torch.split(tokens, PART, dim=1)
+        found = torch.stack([_answer(model, part)[0] for part in parts])[None]
+    found = found[0].float().cpu()
+    # A single number is that of two classes whose other logit is zero.
+    return found if found.shape[-1] > 1 else torch.nn.functional.pad(found, (0, 1))
+
+
+def _answer(model: Any, tokens: Tensor) -> Tensor:
+    also = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    found: Tensor = model(input_ids=tokens, **also).logits
     return found
 
 
@@ -117,13 +168,13 @@ def _divergence(first: Tensor, second: Tensor) -> float:
 @contextmanager
 def _rounding(model: Any, activations: str) -> Iterator[None]:
     """Have every linear layer round its inputs as the packed model's kernels do."""
-    rounds: dict[str, Callable[[Tensor], Tensor]] = {"int8": _int8, "float8": _float8}
-    if activations not in rounds:
+    if not activations:
         yield
         return
+    kind, by_tensor = activations.removesuffix(" by tensor"), activations.endswith(" by tensor")
 
     def hook(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (rounds[activations](given[0]), *given[1:])
+        return (_rounded(given[0], kind, by_tensor=by_tensor), *given[1:])
 
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     handles = [linear.register_forward_pre_hook(hook) for linear in linears]
@@ -134,11 +185,15 @@ def _rounding(model: Any, activations: str) -> Iterator[None]:
             handle.remove()
 
 
-def _int8(values: Tensor) -> Tensor:
-    scale = values.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-    return (torch.round(values.float() / scale) * scale).to(values.dtype)
-
-
-def _float8(values: Tensor) -> Tensor:
-    scale = values.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
-    return ((values.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(values.dtype)
+def _rounded(values: Tensor, kind: str, *, by_tensor: bool) -> Tensor:
+    """`values` on a grid whose largest value is the largest of each token, or of all tokens."""
+    wide = values.float()
+    largest: Tensor = (wide.abs().amax() if by_tensor else wide.abs().amax(-1, keepdim=True)).clamp(min=1e-12)
+    if kind == "float8":
+        scale = largest / torch.finfo(torch.float8_e4m3fn).max
+        rounded = (wide / scale).to(torch.float8_e4m3fn).float() * scale
+        return rounded.to(values.dtype)
+    # Four-bit floats have scales for less than a token, so that eight steps of it are no coarser.
+    steps = 2 ** (int(kind.removeprefix("int").removeprefix("float")) - 1) - 1
+    scale = largest / steps
+    return torch.round(wide / scale).mul(scale).to(values.dtype)

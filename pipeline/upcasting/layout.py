@@ -20,13 +20,16 @@ from pipeline.pieces import Piece
 from pipeline.shards import DTYPE_NAMES, ShardReader, TensorGroup
 from pipeline.skeleton import Place, Skeleton, skeleton_of
 
+_LEAST_MASK = 1e3  # 1e4 in float16's time, 1e9 before
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """The pieces in the order in which they are written; `dropped` maps a stored tensor to why it is left out.
 
-    `problems` is what keeps the checkpoint from becoming dense: empty for one that can be written. `described` is the
-    folder with its config.json and tokenizer.
+    Packed tensors are dropped under the name of the dense one that they would become. `problems` is what keeps the
+    checkpoint from becoming dense: empty for one that can be written. `described` is the folder with its config.json
+    and tokenizer.
     """
 
     pieces: tuple[Piece, ...]
@@ -128,13 +131,29 @@ def _piece(group: TensorGroup, place: Place, row: Format, checkpoint: Checkpoint
 
 def _reason_to_drop(group: TensorGroup, row: Format, skeleton: Skeleton) -> str:
     """Why a tensor that the architecture has no place for may go, or nothing."""
-    if group.packed:
-        return ""
     if skeleton.ignores(group.dense_name):
         return "the architecture ignores it"
+    if group.packed:
+        return ""
+    if _is_causal_mask(group):
+        return "a causal mask, which the architecture makes by itself"
     if group.dense_name.endswith(row.leftovers):
         return "belongs to quantized activations, which a dense model has none of"
     # Older GPTQ tools give every packed module a bias of zeros.
     if group.dense_name.endswith(".bias") and not dense.dequantize(group).any():
         return "a bias of zeros that the architecture does not have"
     return ""
+
+
+def _is_causal_mask(group: TensorGroup) -> bool:
+    """Whether it is what older versions of GPT-2 and its kin kept of their attention masks.
+
+    That is `bias`, a lower triangle of ones [1, 1, N, N], and `masked_bias`, the large negative number for the rest.
+    """
+    if not group.dense_name.endswith(("attn.bias", "attention.bias", "attn.masked_bias", "attention.masked_bias")):
+        return False
+    tensor = dense.dequantize(group)
+    if group.dense_name.endswith(".masked_bias"):
+        return tensor.numel() == 1 and float(tensor) <= -_LEAST_MASK
+    square = tensor.ndim == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]  # noqa: PLR2004
+    return square and torch.equal(tensor != 0, torch.ones_like(tensor, dtype=torch.bool).tril())

@@ -195,8 +195,7 @@ def inside(folder: Path, name: str) -> Path:
         path.is_file()
         target = path.resolve()
     except (OSError, ValueError, RuntimeError) as error:  # too long, no text, forbidden, a link to itself
-        why = getattr(error, "strerror", None) or error
-        raise UnsafePath(f"{folder}: names the file {name!r}, which cannot be opened ({why})") from error
+        raise UnsafePath(f"{folder}: names the file {name[:200]!r}, which cannot be opened") from error
     roots = [folder.resolve()]
     if folder.parent.name == "snapshots":  # the hub's cache: a snapshot's files are links into its blobs
         roots.append(folder.parent.parent.resolve() / "blobs")

@@ -7,12 +7,14 @@ tensor by tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -55,7 +57,8 @@ class _Legacy:
         config = model.config.get_text_config()
         self._processor = legacy.TENSOR_PROCESSORS.get(architecture, legacy.TensorProcessor)(config=config.to_dict())
         try:
-            self._names = legacy.get_gguf_hf_weights_map(model, self._processor)
+            with _one_table():
+                self._names = legacy.get_gguf_hf_weights_map(model, self._processor)
         except (NotImplementedError, AttributeError) as error:
             raise CheckpointError(
                 f"general.architecture {architecture}: transformers cannot map its tensors ({error}); upcast the "
@@ -87,6 +90,17 @@ class _Legacy:
             ((target, tensor),) = stored["tensors"].items()
             return target, tensor.numpy()
         return self._names.get(result.name), result.weights
+
+
+@contextmanager
+def _one_table() -> Iterator[None]:
+    """Have gguf make its table of names once: transformers asks for it anew for each module, minutes for 80 layers."""
+    make = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = cache(make)
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = make
 
 
 class _Mapped:

@@ -28,6 +28,7 @@ def rebuild(checkpoint: Checkpoint, folder: Path) -> None:
     Raise CheckpointError where transformers cannot make them from the metadata, UnsupportedFormat for positions that it
     cannot compute.
     """
+    _check_blocks(checkpoint)
     with _one_file(checkpoint) as path:
         where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
         try:
@@ -41,6 +42,17 @@ def rebuild(checkpoint: Checkpoint, folder: Path) -> None:
         raise
     except Exception as error:  # as above: what it let pass, it may still not write
         raise _unmade(checkpoint, error) from error
+
+
+def _check_blocks(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a file of which transformers would list more layers than there can be."""
+    assert checkpoint.quantization is not None
+    for key, value in checkpoint.quantization.raw["metadata"].items():
+        if key.endswith(".block_count") and isinstance(value, int) and value > len(checkpoint.tensors):
+            raise CheckpointError(
+                f"{checkpoint.path.name}: {key} is {value}, but it holds {len(checkpoint.tensors)} tensors; the file "
+                "is damaged, download it again"
+            )
 
 
 def _unmade(checkpoint: Checkpoint, error: Exception) -> CheckpointError:

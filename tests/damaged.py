@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.every_format import CONFIG, INDEX, MODEL
-from tests.gguf_models import LLAMA
+from tests.gguf_models import LLAMA, decoder, write
 
 Change = Callable[[random.Random, Path], str]
 
@@ -30,6 +30,11 @@ ARCHITECTURES = (
     ("qwen3_next", "Qwen3NextForCausalLM"), ("llava", "LlavaForConditionalGeneration"), ("clip", "CLIPModel"),
     ("gemma3", "Gemma3ForConditionalGeneration"), ("llama", "PreTrainedModel"), ("llama", "LlamaModel"),
     ("llama", "LlamaForSequenceClassification"), ("whisper", "WhisperForConditionalGeneration"), ("llama", "x.y"),
+)  # fmt: skip
+_ROPE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+NUMBERS: tuple[Any, ...] = (
+    0, 1, 2, 3, 7, 64, 255, 2**31, 2**32 - 1, 100_000, 0.0, -1.0, 1e30, float("nan"), float("inf"), "", "x", "linear",
+    "yarn", "longrope", [1], [0, 2], [4, 4], [1.5], ["a"],
 )  # fmt: skip
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "U16",
           "U32", "U64", "C64", "F4", "F6_E2M3", "X", None)  # fmt: skip
@@ -250,6 +255,32 @@ def _in_gguf(choose: random.Random, folder: Path) -> str:
     return f"gguf kind {kind}"
 
 
+def _in_metadata(choose: random.Random, folder: Path) -> str:
+    """Write a GGUF file anew, with other metadata, another architecture, and tensors that only some have."""
+    numbers: dict[str, Any] = {**LLAMA, "block_count": 1}
+    keys = (
+        *LLAMA,
+        "rope.scaling.type",
+        "rope.scaling.factor",
+        "rope.scaling.original_context_length",
+        "expert_count",
+        "attention.key_length",
+        "attention.value_length",
+        "expert_used_count",
+        "attention.sliding_window",
+    )
+    done = {key: choose.choice(NUMBERS) for key in choose.sample(keys, choose.choice((1, 1, 2, 4)))}
+    shapes = dict(decoder(layers=1))
+    for _ in range(choose.choice((0, 0, 1, 2))):
+        name = choose.choice((*_ROPE, *shapes))
+        shapes[name] = choose.choice(((32,), (1,), (0,), (256, 256), (2, 256, 256), (128, 32), (), (256,)))
+    name = choose.choice(
+        ("llama", "llama", "qwen2", "qwen3", "qwen3moe", "gemma3", "phi3", "gpt2", "mamba", "lfm2", "x")
+    )
+    write(folder / "model.gguf", name, numbers | done, shapes)
+    return f"gguf {name} {done} {shapes if len(shapes) > 13 else ''}"
+
+
 CHANGES: tuple[Change, ...] = (
     _in_config, _in_config, _with_added_key, _with_added_key, _in_header, _in_tensors, _in_tensors, _in_tensors,
     _in_bytes, _in_index,
@@ -259,7 +290,7 @@ CHANGES: tuple[Change, ...] = (
 def damage(source: Path, choose: random.Random) -> list[str]:
     """Change one to three things about a checkpoint that `good` wrote; say which."""
     folder = source if source.is_dir() else source.parent
-    changes = CHANGES if source.is_dir() else (_in_gguf,)
+    changes = CHANGES if source.is_dir() else (_in_gguf, _in_metadata)
     done: list[str] = []
     for change in choose.choices(changes, k=choose.choice((1, 1, 2, 3))):
         try:

@@ -3,6 +3,7 @@
 import json
 import math
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -236,6 +237,13 @@ def test_unknown_rotary_scaling_is_refused(tmp_path):
             CheckpointError,
             r"blk.0.attn_k.weight: has shape \[128, 256\], from which transformers cannot make",
         ),
+        (
+            "qwen2",
+            LLAMA | {"block_count": 2**32 - 1},
+            models.decoder(),
+            CheckpointError,
+            "qwen2.block_count is 4294967295, but it holds 21 tensors",
+        ),
         ("zebra", LLAMA, models.decoder(), CheckpointError, "architecture zebra: GGUF model with architecture zebra"),
         (
             "qwen3moe",
@@ -256,3 +264,12 @@ def test_a_file_without_a_tokenizer_is_refused(tmp_path):
     path = models.tiny_llama_gguf(tmp_path / "m.gguf", tokenizer=False)
     with pytest.raises(CheckpointError, match=r"m.gguf: transformers cannot make a config and a tokenizer"):
         upcast(path, tmp_path / "out")
+
+
+def test_the_table_of_names_is_made_once_for_a_model_and_not_for_each_of_its_modules(tmp_path, monkeypatch):
+    """Each takes as long as the model is deep: 40 layers would take a minute."""
+    made = []
+    make = gguf.get_tensor_name_map
+    monkeypatch.setattr(gguf, "get_tensor_name_map", lambda *which: made.append(which) or make(*which))
+    upcast(models.tiny_llama_gguf(tmp_path / "m.gguf"), tmp_path / "out")
+    assert len(made) == 2, "once here for the layout that is looked at, once for the stage"

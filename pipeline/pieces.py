@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipeline.shards import TensorGroup
+from pipeline.errors import InputError
+from pipeline.shards import DTYPE_NAMES, TensorGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,3 +28,23 @@ class Piece:
     shape: tuple[int, ...]
     finish: Callable[[Tensor], Tensor] | None = None
     divided_by: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The pieces in the order in which they are written; `dropped` maps a stored tensor to why it is left out.
+
+    Packed tensors are dropped under the name of the dense one that they would become. `problems` is what keeps the
+    checkpoint from becoming dense: empty for one that can be written. `described` is the folder with its config.json
+    and tokenizer.
+    """
+
+    pieces: tuple[Piece, ...]
+    dropped: Mapping[str, str]
+    problems: tuple[InputError, ...]
+    described: Path
+
+    @property
+    def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Tensor → safetensors dtype and shape, as a ShardWriter takes them."""
+        return {piece.name: (DTYPE_NAMES[piece.dtype], piece.shape) for piece in self.pieces}

@@ -14,9 +14,8 @@ from pipeline.errors import InputError
 from pipeline.gguf_names import pieces
 from pipeline.gguf_rebuild import rebuild
 from pipeline.gguf_shards import GGUFReader
-from pipeline.pieces import Piece
+from pipeline.pieces import Layout, Piece
 from pipeline.skeleton import skeleton_of
-from pipeline.upcasting.layout import Layout
 
 
 @contextmanager

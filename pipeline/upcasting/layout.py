@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
@@ -16,31 +15,11 @@ from pipeline.errors import CheckpointError, InputError, MissingTensor, Unexpect
 from pipeline.formats import dense
 from pipeline.formats.components import FLOATS
 from pipeline.formats.scaled_activation import consumer
-from pipeline.pieces import Piece
+from pipeline.pieces import Layout, Piece
 from pipeline.shards import DTYPE_NAMES, ShardReader, TensorGroup
 from pipeline.skeleton import Place, Skeleton, skeleton_of
 
 _LEAST_MASK = 1e3  # 1e4 in float16's time, 1e9 before
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """The pieces in the order in which they are written; `dropped` maps a stored tensor to why it is left out.
-
-    Packed tensors are dropped under the name of the dense one that they would become. `problems` is what keeps the
-    checkpoint from becoming dense: empty for one that can be written. `described` is the folder with its config.json
-    and tokenizer.
-    """
-
-    pieces: tuple[Piece, ...]
-    dropped: Mapping[str, str]
-    problems: tuple[InputError, ...]
-    described: Path
-
-    @property
-    def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Tensor → safetensors dtype and shape, as a ShardWriter takes them."""
-        return {piece.name: (DTYPE_NAMES[piece.dtype], piece.shape) for piece in self.pieces}
 
 
 @contextmanager
@@ -50,6 +29,7 @@ def laid_out(checkpoint: Checkpoint, row: Format, *, dtype: torch.dtype, trust_r
     Raise CheckpointError where config.json, or a GGUF file's metadata, describe no model.
     """
     if checkpoint.is_gguf:
+        # Here, since the gguf package need not be installed for the other formats.
         from pipeline.upcasting.gguf import laid_out as from_gguf
 
         with from_gguf(checkpoint, dtype=dtype) as layout:

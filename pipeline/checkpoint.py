@@ -128,14 +128,11 @@ class Checkpoint:
                 f"{path}/config.json: quantization_config is {type(raw).__name__}, expected an object"
             )
         weight_map, tensors = _open_shards(path)
+        quantization = _quantization(path, raw, weight_map) if raw else None
         return Checkpoint(
-            path=path,
-            config=config,
-            weight_map=weight_map,
-            tensors=tensors,
-            quantization=_quantization(path, raw, weight_map) if raw else None,
+            path=path, config=config, weight_map=weight_map, tensors=tensors, quantization=quantization,
             companions=_companions(path),
-        )
+        )  # fmt: skip
 
     @property
     def shards(self) -> tuple[str, ...]:

@@ -189,15 +189,13 @@ def _in_tensors(choose: random.Random, folder: Path) -> str:
         made, done = {name: torch.empty(choose.choice(((0,), (0, 0), (4, 0), (0, 4))), dtype=tensor.dtype)}, "emptied"
     else:
         raw = tensor.contiguous().flatten().view(torch.uint8).clone()
-        _scramble(choose, raw)
+        _scramble(choose, raw if raw.numel() else torch.zeros(1))
         made, done = {name: raw.view(tensor.dtype).view(tensor.shape)}, "scrambled"
     save_file(tensors | made, folder / MODEL, metadata=metadata)
     return f"tensor {name} {done}"
 
 
 def _scramble(choose: random.Random, raw: Tensor) -> None:
-    if not raw.numel():
-        return
     value = choose.choice((0xFF, 0x00, 0x7F, 0x80, 0x7C))
     if choose.random() < 0.5:
         raw.fill_(value)
@@ -225,7 +223,7 @@ def _in_bytes(choose: random.Random, folder: Path) -> str:
 def _in_index(choose: random.Random, folder: Path) -> str:
     with safe_open(folder / MODEL, framework="pt") as file:
         index: dict[str, Any] = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(file.keys(), MODEL)}
-    done = _edit_json(choose, index) if choose.random() < 0.8 else "whole"
+    done = _edit_json(choose, index)
     (folder / INDEX).write_text(json.dumps(index if choose.random() < 0.9 else _junk(choose)))
     return f"index {done}"
 

@@ -12,7 +12,7 @@ from flows.terminal import OUT, print_json, print_table, showing_progress, size
 from pipeline.artifacts import Store
 from pipeline.catalog import format_of, require_libraries
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 from pipeline.preflight import open_model
 from pipeline.recipe import Data
 from pipeline.rows import check_rows
@@ -45,7 +45,8 @@ def inspect(model: str, *, store: str = "artifacts", trust_remote_code: bool = F
         print_json(facts)
         return
     for key, value in _lines(facts):
-        OUT.print(f"{key:<16} {value}", markup=False, soft_wrap=True)
+        # A checkpoint can say anything: what a terminal would act on is shown by its escape.
+        OUT.print(f"{key:<16} {one_line(value)}", markup=False, soft_wrap=True)
 
 
 def _lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:

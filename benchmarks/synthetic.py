@@ -158,7 +158,7 @@ def _awq(random: torch.Generator, outputs: int, inputs: int) -> Components:
 
 def _fp8(random: torch.Generator, outputs: int, inputs: int) -> Components:
     codes = _bytes(random, outputs, inputs)
-    codes[(codes & 0x7F) == 0x7F] = 0  # e4m3's two NaNs  # noqa: PLR2004
+    codes[(codes & 0x7F) == 0x7F] = 0  # noqa: PLR2004 - e4m3's two NaNs
     blocks = (-(-outputs // 128), -(-inputs // 128))
     return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale_inv": _scales(random, *blocks)}
 
@@ -218,9 +218,9 @@ def truth(name: str, parts: Components) -> Tensor:
     bits = 3 if "3" in name else 4
     codes, group = _fields(parts["qweight"].T, bits), parts["g_idx"].long()
     # v1 subtracts one from each word's every field at once; 3-bit fields straddle words and are subtracted one by one.
-    ones = 0 if bits == 3 else 0x11111111  # noqa: PLR2004
+    ones = 0 if bits == 3 else 0x11111111  # noqa: PLR2004 - three bits, as the text says
     zeros = _fields((parts["qzeros"].long() + ones).to(torch.int32), bits)
-    zeros = (zeros + 1) % 8 if bits == 3 else zeros  # noqa: PLR2004
+    zeros = (zeros + 1) % 8 if bits == 3 else zeros  # noqa: PLR2004 - likewise
     return (codes - zeros.T[:, group]) * parts["scales"].float().T[:, group]
 
 

@@ -100,7 +100,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
 def size(nbytes: float) -> str:
     """Bytes in the unit that keeps the figure short."""
     for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":  # noqa: PLR2004
+        if nbytes < 1000 or unit == "GB":  # noqa: PLR2004 - the step of the units
             return f"{nbytes:.0f} {unit}" if unit in ("B", "kB") else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     raise AssertionError
@@ -110,7 +110,7 @@ def duration(seconds: float | None) -> str:
     """Seconds as a person says them."""
     if seconds is None:
         return "not measured yet"
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"  # noqa: PLR2004
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"  # noqa: PLR2004 - two minutes
 
 
 def show_plan(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -260,7 +260,7 @@ def format_to(target: Target) -> Format:
     """The row that a target is written in."""
     match target:
         case BitsAndBytesTarget():
-            return FORMATS["bnb-4bit" if target.bits == 4 else "bnb-int8"]  # noqa: PLR2004
+            return FORMATS["bnb-4bit" if target.bits == 4 else "bnb-int8"]  # noqa: PLR2004 - four bits
         case GPTQTarget() | AWQTarget():
             return FORMATS[target.format]
 

@@ -1,9 +1,15 @@
-"""The kernel's account of the processes that it killed for memory, for this process's cgroup."""
+"""What the kernel says of this process: the cores that it may use, the processes of its cgroup killed for memory."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def oom_kills(accounts: Path = Path("/proc/self/cgroup"), mounts: Path = Path("/sys/fs/cgroup")) -> int:

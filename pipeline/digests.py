@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pipeline.cgroup import cores
 from pipeline.headers import TensorInfo, read_header
 
 CHUNK = 1 << 22
@@ -30,13 +31,19 @@ def digest_file(path: Path) -> str:
 def digest_shard(path: Path) -> tuple[str, dict[str, str]]:
     """The digest of a safetensors file, and of each tensor in it, on every core at once."""
     tensors = read_header(path)
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=1) as pool:
         whole = pool.submit(digest_file, path)
-        parts = pool.map(lambda info: digest_tensor(path, info), tensors.values())
-        return whole.result(), dict(zip(tensors, parts, strict=True))
+        parts = digest_tensors({name: (path, info) for name, info in tensors.items()})
+        return whole.result(), parts
 
 
-def digest_tensor(path: Path, info: TensorInfo) -> str:
+def digest_tensors(places: Mapping[str, tuple[Path, TensorInfo]]) -> dict[str, str]:
+    """Tensor → its digest, where `places` says in which file each is and where; on every core at once."""
+    with ThreadPoolExecutor(max_workers=cores()) as pool:
+        return dict(zip(places, pool.map(lambda place: _digest_tensor(*place), places.values()), strict=True))
+
+
+def _digest_tensor(path: Path, info: TensorInfo) -> str:
     """The digest of one tensor in a file: its dtype, its shape and its bytes."""
     digest = hashlib.sha256(f"{info.dtype}{list(info.shape)}".encode())
     with path.open("rb") as file:

@@ -130,7 +130,7 @@ class _Parser:
 
     def _tensors(self, count: int, metadata: Mapping[str, Scalar]) -> dict[str, TensorInfo]:
         alignment = metadata.get("general.alignment", 32)
-        if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):  # noqa: PLR2004
+        if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):  # noqa: PLR2004 - the specification's least alignment
             raise CorruptShard(
                 f"{self._name}: has an alignment of {_shown(alignment)} bytes, no power of two; {_AGAIN}"
             )

@@ -130,7 +130,7 @@ class _Saved:
         for template, group in zip(templates, groups, strict=True):
             ((part, tensor),) = group.tensors.items()
             shape = shape_of(group, checkpoint)
-            for i in range(shape[0] if len(shape) == 3 else 0):  # noqa: PLR2004
+            for i in range(shape[0] if len(shape) == 3 else 0):  # noqa: PLR2004 - experts stack to three dimensions
                 name = str(apply_renamings(template.replace("*", str(i)), self._back))
                 one = TensorGroup(module=group.module, dense_name=name, tensors={part: tensor[i]}, packed=group.packed)
                 made.append(self.piece(name, one, shape[1:]))

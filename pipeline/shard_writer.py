@@ -74,6 +74,7 @@ class ShardWriter:
         self._folder = folder
         self._shapes = shapes
         self._left = {name: _nbytes(*shape) for name, shape in shapes.items()}
+        self._total = sum(self._left.values())
         self._pending = set(shapes)
         self._shards = _shards(folder, shapes, max_shard_bytes)
         self._shard_of = {name: shard for shard in self._shards for name in shard.positions}
@@ -143,8 +144,7 @@ class ShardWriter:
         if kind is None:
             assert not unfinished, f"never written: {unfinished[:3]}"
             if len(self._shards) > 1:
-                total = sum(_nbytes(*shape) for shape in self._shapes.values())
-                index = {"metadata": {"total_size": total}, "weight_map": self.weight_map}
+                index = {"metadata": {"total_size": self._total}, "weight_map": self.weight_map}
                 (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _discard(self) -> None:
@@ -162,11 +162,10 @@ class ShardWriter:
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            total = sum(_nbytes(*shape) for shape in self._shapes.values())
             if not self._syncing.started:
                 self._discard()
             raise NoSpace(
-                f"{self._folder}: cannot hold the {total / 1e9:.2f} GB that are to be written "
+                f"{self._folder}: cannot hold the {self._total / 1e9:.2f} GB that are to be written "
                 f"({error.strerror}); free space or write elsewhere"
             ) from error
 

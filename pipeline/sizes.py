@@ -46,7 +46,7 @@ class Sizes:
         return {
             name.removesuffix(".weight"): (shape[0], shape[1])
             for name, shape in self.shapes.items()
-            if len(shape) == 2 and name.endswith(".weight") and not any(part in name for part in NOT_QUANTIZED)  # noqa: PLR2004
+            if len(shape) == 2 and name.endswith(".weight") and not any(part in name for part in NOT_QUANTIZED)  # noqa: PLR2004 - a matrix
         }
 
     def dense_bytes(self, dtype: str) -> int:
@@ -80,7 +80,7 @@ def _gguf_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """GGUF headers have the dense shapes; the experts of a layer lie in one tensor [E, O, I], here each for itself."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, info in checkpoint.tensors.items():
-        if name.endswith("_exps.weight") and len(info.shape) == 3:  # noqa: PLR2004
+        if name.endswith("_exps.weight") and len(info.shape) == 3:  # noqa: PLR2004 - experts stack to three dimensions
             module = name.removesuffix(".weight")
             shapes |= {f"{module}.{i}.weight": info.shape[1:] for i in range(info.shape[0])}
         else:

@@ -53,12 +53,12 @@ class BitsAndBytesTarget(_Target):
 
     @model_validator(mode="after")
     def _int8_has_no_type(self) -> BitsAndBytesTarget:
-        if self.bits == 8 and (self.type is not None or self.double_quant is not None):  # noqa: PLR2004
+        if self.bits == 8 and (self.type is not None or self.double_quant is not None):  # noqa: PLR2004 - eight bits
             raise ValueError("bitsandbytes with bits: 8 has neither type nor double_quant; leave both out")
         return self
 
     def _default_name(self) -> str:
-        return "int8" if self.bits == 8 else (self.type or "nf4")  # noqa: PLR2004
+        return "int8" if self.bits == 8 else (self.type or "nf4")  # noqa: PLR2004 - eight bits
 
 
 class GPTQTarget(_Target):

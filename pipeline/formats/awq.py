@@ -32,14 +32,8 @@ SHIFTS = tuple(4 * nibble for nibble in (0, 4, 1, 5, 2, 6, 3, 7))
 def dense_shape(group: TensorGroup, quantization: Quantization) -> tuple[int, ...]:
     """[O, I], from qweight's shape, checked against those of qzeros and scales."""
     _check_version(quantization)
-    grid = grid_of(group, quantization, bits=BITS)
     inputs, words = require(group, "qweight", dtypes=WORDS, shape=(-1, -1)).shape
-    groups = grid.groups(inputs)
-    if not inputs or inputs % groups or (grid.group_size != -1 and inputs % grid.group_size):
-        raise UnsupportedFormat(
-            f"{group.module}: group size {grid.group_size} does not divide its {inputs} inputs; "
-            "fix group_size in config.json"
-        )
+    groups = groups_of(group, quantization, inputs)
     require(group, "qzeros", dtypes=WORDS, shape=(groups, words))
     require(group, "scales", dtypes=FLOATS, shape=(groups, 8 * words))
     return 8 * words, inputs
@@ -55,6 +49,17 @@ def dequantize(group: TensorGroup, quantization: Quantization, rows: slice = ALL
     out = _unpack(group.tensors["qweight"][:, words]).float()
     out.view(last - first, -1, inputs // scales.shape[1]).sub_(zeros[:, :, None]).mul_(scales[:, :, None])
     return out
+
+
+def groups_of(group: TensorGroup, quantization: Quantization, inputs: int) -> int:
+    """Groups in a row of `inputs` weights, in each of AWQ's layouts; raise UnsupportedFormat unless all are full."""
+    grid = grid_of(group, quantization, bits=BITS)
+    if not inputs or (grid.group_size != -1 and inputs % grid.group_size):
+        raise UnsupportedFormat(
+            f"{group.module}: group size {grid.group_size} does not divide its {inputs} inputs; "
+            "fix group_size in config.json"
+        )
+    return grid.groups(inputs)
 
 
 def _unpack(words: Tensor) -> Tensor:

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint import Quantization
-from pipeline.errors import CheckpointError, UnsupportedFormat
-from pipeline.formats.components import ALL, FLOATS, WORDS, grid_of, require, require_finite
+from pipeline.errors import CheckpointError
+from pipeline.formats.awq import groups_of
+from pipeline.formats.components import ALL, FLOATS, WORDS, require, require_finite
 from pipeline.formats.words import unpack, unpack_floats
 from pipeline.shards import TensorGroup
-
-BITS = (4,)
 
 
 def dense_shape(group: TensorGroup, quantization: Quantization) -> tuple[int, ...]:
@@ -45,17 +44,6 @@ def dequantize(group: TensorGroup, quantization: Quantization, rows: slice = ALL
     unpack_floats(words, 4, out)
     out.view(len(words), groups, -1).sub_(zeros[:, :, None]).mul_(scales[:, :, None])
     return out
-
-
-def groups_of(group: TensorGroup, quantization: Quantization, inputs: int) -> int:
-    """Groups in a row of `inputs` weights; raise UnsupportedFormat where they are not all full."""
-    grid = grid_of(group, quantization, bits=BITS)
-    if not inputs or (grid.group_size != -1 and inputs % grid.group_size):
-        raise UnsupportedFormat(
-            f"{group.module}: group size {grid.group_size} does not divide its {inputs} inputs; "
-            "fix group_size in config.json"
-        )
-    return grid.groups(inputs)
 
 
 def require_room(group: TensorGroup, name: str, *, room: int, groups: int) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError
-from pipeline.formats.awq_gemv import groups_of, require_room
+from pipeline.formats.awq import groups_of
+from pipeline.formats.awq_gemv import require_room
 from pipeline.formats.components import ALL, FLOATS, require, require_finite
 from pipeline.formats.words import look_up, nibble_pairs
 from pipeline.shards import TensorGroup

@@ -225,7 +225,7 @@ def _whole_codes(group: TensorGroup, scheme: Scheme, quantization: Quantization)
                 f"{group.module}: frozen float weights of {scheme.bits} bits cannot be read; compress them with "
                 "llm-compressor's save_pretrained first"
             )
-    elif (codes.dtype == torch.int8) != (scheme.kind == "int") or (codes.dtype in FP8 and scheme.bits != 8):  # noqa: PLR2004
+    elif (codes.dtype == torch.int8) != (scheme.kind == "int") or (codes.dtype in FP8 and scheme.bits != 8):  # noqa: PLR2004 - eight bits
         raise CheckpointError(
             f"{group.module}: weight is {dtype}, but its scheme says {scheme.kind} of {scheme.bits} bits; fix "
             "config.json"

@@ -106,13 +106,13 @@ def _grid(
     *experts, outputs, inputs = shape
     if scales.numel() == 1:
         return scales.reshape([1] * len(shape)).expand(*experts, 1, 1), (outputs, inputs)
-    if scales.ndim == 4 and not experts and scales.shape[1] == scales.shape[3] == 1:  # noqa: PLR2004
+    if scales.ndim == 4 and not experts and scales.shape[1] == scales.shape[3] == 1:  # noqa: PLR2004 - a dimension of one after each block's
         scales = scales[:, 0, :, 0]  # ModelOpt writes [blocks, 1, blocks, 1]
     elif scales.ndim == 1:
         scales = scales[:, None, None] if experts else scales[:, None]
     if scales.ndim != len(shape) or list(scales.shape[:-2]) != experts:
         return None
-    if halves and scales.shape[-2] == 2:  # noqa: PLR2004
+    if halves and scales.shape[-2] == 2:  # noqa: PLR2004 - gate and up
         block = (outputs // 2, block[1])
     height = _length(outputs, scales.shape[-2], block[0])
     width = _length(inputs, scales.shape[-1], block[1])

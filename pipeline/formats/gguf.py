@@ -37,7 +37,7 @@ def dense_shape(group: TensorGroup, quantization: Quantization) -> tuple[int, ..
     first = shapes[0]
     if len(shapes) == 1:
         return first
-    if any(len(shape) != 3 or shape[::2] != first[::2] for shape in shapes):  # noqa: PLR2004
+    if any(len(shape) != 3 or shape[::2] != first[::2] for shape in shapes):  # noqa: PLR2004 - experts stack to three dimensions
         raise CheckpointError(
             f"{group.dense_name}: is made of tensors of shapes {', '.join(str(list(shape)) for shape in shapes)}, "
             "which cannot be joined; download the checkpoint again"

@@ -58,7 +58,7 @@ def _config(target: BitsAndBytesTarget) -> Any:
     import torch
     from transformers import BitsAndBytesConfig
 
-    if target.bits == 8:  # noqa: PLR2004
+    if target.bits == 8:  # noqa: PLR2004 - eight bits
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,

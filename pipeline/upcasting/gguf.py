@@ -24,7 +24,7 @@ def laid_out(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Iterator[Layout]:
     with tempfile.TemporaryDirectory() as folder, GGUFReader(checkpoint) as reader:
         rebuild(checkpoint, Path(folder))
         # A layer's experts are one tensor here; an architecture may make as many modules of it.
-        stored = sum(info.shape[0] if len(info.shape) > 2 else 1 for info in checkpoint.tensors.values())  # noqa: PLR2004
+        stored = sum(info.shape[0] if len(info.shape) > 2 else 1 for info in checkpoint.tensors.values())  # noqa: PLR2004 - experts stack to three dimensions
         skeleton = skeleton_of(Path(folder), dtype=dtype, trust_remote_code=False, stored=stored)
         made: list[Piece] = []
         dropped: Mapping[str, str] = {}

@@ -48,6 +48,7 @@ def _lay_out(reader: ShardReader, row: Format, checkpoint: Checkpoint, skeleton:
     dropped: dict[str, str] = {}
     problems: list[InputError] = []
     scales: list[TensorGroup] = []
+    name_of: dict[str, str] = {}  # the model's parameter → the tensor that becomes it, or is part of it
     for group in reader.groups(row):
         name = group.dense_name
         place = skeleton.place(name)
@@ -56,6 +57,7 @@ def _lay_out(reader: ShardReader, row: Format, checkpoint: Checkpoint, skeleton:
                 raise UnexpectedTensor(f"{name}: is stored both dense and as {row.title}; remove one of them")
             if place is not None:
                 pieces[name] = _piece(group, place, row, checkpoint)
+                name_of[place.parameter] = name
             elif reason := _reason_to_drop(group, row, skeleton):
                 dropped[name] = reason
             elif _scales_an_activation(group, row):
@@ -69,7 +71,7 @@ def _lay_out(reader: ShardReader, row: Format, checkpoint: Checkpoint, skeleton:
             problems.append(error)
     for group in scales:
         try:
-            name = _consumer(group, skeleton, pieces)
+            name = _consumer(group, skeleton, name_of)
             pieces[name] = replace(pieces[name], divided_by=dense.dequantize(group).flatten())
             dropped[group.dense_name] = f"divided out of {name}"
         except InputError as error:
@@ -84,14 +86,12 @@ def _scales_an_activation(group: TensorGroup, row: Format) -> bool:
     return row.name.startswith("awq") and not group.packed and group.dense_name.endswith(".scales")
 
 
-def _consumer(group: TensorGroup, skeleton: Skeleton, pieces: Mapping[str, Piece]) -> str:
+def _consumer(group: TensorGroup, skeleton: Skeleton, name_of: Mapping[str, str]) -> str:
     """The tensor that an activation's scales are divided out of; raise an InputError where there is none."""
-    linear = consumer(skeleton.model, group.dense_name, count=dense.dequantize(group).numel())
-    for name in pieces:
-        place = skeleton.place(name)
-        if place is not None and place.parameter == f"{linear}.weight":
-            return name
-    raise MissingTensor(f"{linear}.weight: is in no shard; the checkpoint is incomplete, download it again")
+    weight = f"{consumer(skeleton.model, group.dense_name, count=dense.dequantize(group).numel())}.weight"
+    if weight not in name_of:
+        raise MissingTensor(f"{weight}: is in no shard; the checkpoint is incomplete, download it again")
+    return name_of[weight]
 
 
 def _piece(group: TensorGroup, place: Place, row: Format, checkpoint: Checkpoint) -> Piece:
@@ -135,5 +135,5 @@ def _is_causal_mask(group: TensorGroup) -> bool:
     tensor = dense.dequantize(group)
     if group.dense_name.endswith(".masked_bias"):
         return tensor.numel() == 1 and float(tensor) <= -_LEAST_MASK
-    square = tensor.ndim == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]  # noqa: PLR2004
+    square = tensor.ndim == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]  # noqa: PLR2004 - a causal mask's dimensions
     return square and torch.equal(tensor != 0, torch.ones_like(tensor, dtype=torch.bool).tril())

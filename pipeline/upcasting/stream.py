@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import threading
 import time
 from collections import deque
@@ -21,8 +20,9 @@ from torch import Tensor
 
 from pipeline import formats
 from pipeline.catalog import DENSE, Format
+from pipeline.cgroup import cores
 from pipeline.checkpoint import Checkpoint, Quantization
-from pipeline.digests import digest_packed, digest_tensor
+from pipeline.digests import digest_packed, digest_tensors
 from pipeline.errors import NonFinite
 from pipeline.formats import ROW_STEP
 from pipeline.formats.components import ALL
@@ -61,11 +61,9 @@ def write(
     one_at_a_time = threading.Lock()
 
     def work(block: _Block) -> str | None:
-        if block.piece.finish is None:
+        # Weights that are finished whole are large: two at once would double the memory.
+        with one_at_a_time if block.piece.finish else contextlib.nullcontext():
             tensor = compute(block.piece, row, quantization, block.rows, device)
-        else:
-            with one_at_a_time:  # whole weights are large: two would double the memory
-                tensor = compute(block.piece, row, quantization, ALL, device)
         complete = writer.write(block.piece.name, tensor, first=block.rows.start or 0)
         return block.piece.name if complete else None
 
@@ -123,18 +121,10 @@ def packed_digests(checkpoint: Checkpoint, row: Format) -> dict[str, str]:
     """Packed module → the digest of its packed tensors, by which a later stage knows them again."""
     packed = packed_modules(checkpoint, row)
     names = [module + part for module, parts in packed.items() for part in parts]
-
-    def digest(name: str) -> str:
-        return digest_tensor(checkpoint.folder / checkpoint.weight_map[name], checkpoint.tensors[name])
-
-    with ThreadPoolExecutor(max_workers=cores()) as pool:
-        tensors = dict(zip(names, pool.map(digest, names), strict=True))
+    tensors = digest_tensors(
+        {name: (checkpoint.folder / checkpoint.weight_map[name], checkpoint.tensors[name]) for name in names}
+    )
     return {module: digest_packed(module, parts, tensors) for module, parts in packed.items()}
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _check_finite(piece: Piece, wide: Tensor) -> None:

@@ -16,7 +16,7 @@ from pipeline import child
 from pipeline.errors import InputError, NonFinite
 from pipeline.evaluation.tasks import ENVIRONMENT
 from pipeline.execute import STAGES, preload
-from pipeline.recipe import Data
+from pipeline.sections import Data
 from pipeline.stages import Job
 
 

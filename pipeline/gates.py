@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.errors import StoreCorrupt
-from pipeline.recipe import Bounds, Gates
+from pipeline.sections import Bounds, Gates
 
 REPORT = "report.json"
 

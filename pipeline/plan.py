@@ -17,7 +17,8 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.digests import DigestCache
 from pipeline.manifest import Origin
 from pipeline.preflight import check, open_model
-from pipeline.recipe import Data, Recipe
+from pipeline.recipe import Recipe
+from pipeline.sections import Data
 from pipeline.sizes import Sizes, dense_sizes
 from pipeline.targets import Target
 
@@ -190,15 +191,21 @@ class _Builder:
         )  # fmt: skip
 
     def _evaluate(self, dense: str) -> Step:
-        evaluate = self._recipe.evaluate
+        evaluate, data = self._recipe.evaluate, self._recipe.evaluation_data
         assert evaluate is not None
+        assert data is not None
         references = {dense: "dense"} if dense == "tuned" else {}
         references |= {target.variant: dense for target in self._recipe.quantize}
         inputs = {variant: variant for variant in ("dense", *references)}
         options = {"sequence_length": evaluate.sequence_length, "references": references}
         memory = RUNTIME_BYTES + 2 * 4 * self._sizes.parameters
         return self._step(
-            "evaluate", inputs, ["evaluation"], options, Needs(disk=10**5, memory=memory), {"evaluation": evaluate.data}
+            "evaluate",
+            inputs,
+            ["evaluation"],
+            options,
+            Needs(disk=10**5, memory=memory),
+            {"evaluation": data},
         )
 
     def _step(
@@ -217,7 +224,7 @@ class _Builder:
     def _planned(
         self, stage: str, inputs: Mapping[str, str], variant: str, options: Mapping[str, Any], data: Mapping[str, Data]
     ) -> Planned:
-        kinds = {f"{role}_rows": {"format": rows.format, "field": rows.field} for role, rows in data.items()}
+        kinds = {f"{role}_rows": rows.identity for role, rows in data.items()}
         origin = Origin(
             stage=stage,
             stage_version=STAGE_VERSIONS[stage],

@@ -37,7 +37,7 @@ def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> None:
         check_arguments(recipe.train.arguments, recipe.train.lora)
     files = {"train.data": recipe.train.data if recipe.train.method != "none" else None}
     files["calibration.data"] = recipe.calibration_data if recipe.calibrated else None
-    files["evaluate.data"] = recipe.evaluate.data if recipe.evaluate else None
+    files["evaluate.data"] = recipe.evaluation_data
     for key, data in files.items():
         if data and check_rows(data, limit=ROWS_CHECKED) == "messages" and _lacks_chat_template(source):
             raise DataError(

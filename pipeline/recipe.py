@@ -11,126 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import yaml
-from pydantic import Field, GetJsonSchemaHandler, ValidationError, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline.errors import RecipeError
+from pipeline.sections import Calibration, Data, Evaluate, Promote, Train, Upcast
 from pipeline.targets import Section, Target, first_sentence
-
-Dtype = Literal["bfloat16", "float16", "float32"]
-
-
-class Upcast(Section):
-    """How the source becomes dense."""
-
-    dtype: Dtype = "bfloat16"
-    """Data type of the dense weights."""
-    max_shard_size: Annotated[str, Field(pattern=r"^[1-9]\d{0,5}(\.\d+)? ?[MG]B$")] = "5GB"
-    """Most bytes of a weight file, such as 500MB or 5GB; a tensor larger than that has a file of its own."""
-
-    @property
-    def max_shard_bytes(self) -> int:
-        """`max_shard_size` in bytes; MB and GB are powers of ten, as on the hub."""
-        number, unit = self.max_shard_size[:-2], self.max_shard_size[-2:]
-        return int(float(number) * {"MB": 10**6, "GB": 10**9}[unit])
-
-
-class Data(Section):
-    """A file of rows."""
-
-    path: str
-    """JSONL, CSV, Parquet or plain text file."""
-    format: Literal["auto", "text", "messages", "prompt_completion"] = "auto"
-    """What a row is; `auto` reads it off the first row's fields."""
-    field: str = "text"
-    """The field that holds the text, where the format is `text`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_path(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Say that a bare path will do: editors and Prefect check against this schema, not against the parser."""
-        return {"anyOf": [handler(core), {"type": "string"}]}
-
-
-class Train(Section):
-    """What trains, on what, for how long."""
-
-    method: Literal["none", "full", "lora"] = "none"
-    """`lora`: an adapter, merged afterwards; `full`: every weight; `none`: requantize as it is."""
-    base: Literal["dense"] = "dense"
-    """What the training stands on: the upcast weights."""
-    data: Data | None = None
-    """The training rows."""
-    sequence_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens in a training sequence; longer rows are split (text) or refused (messages, prompts)."""
-    lora: dict[str, Any] = Field(default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})
-    """PEFT's LoraConfig names, verbatim."""
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    """transformers' TrainingArguments names, verbatim."""
-
-    @model_validator(mode="after")
-    def _data_given(self) -> Train:
-        if self.method != "none" and self.data is None:
-            raise ValueError(f"train.method is {self.method} but train.data is missing; name a file of training rows")
-        return self
-
-
-class Calibration(Section):
-    """The rows whose activations steer GPTQ and AWQ."""
-
-    data: Literal["train"] | Data = "train"
-    """`train` for the training rows, or a file."""
-    samples: Annotated[int, Field(ge=1)] = 128
-    """Sequences of tokens."""
-    sequence_length: Annotated[int, Field(ge=16)] = 512
-    """Tokens in a sample."""
-
-
-class Bounds(Section):
-    """Bounds on figures; a figure without a bound is shown and judged by nobody."""
-
-    perplexity_increase: float | None = None
-    """At most: perplexity / reference perplexity - 1. Negative asks for a gain."""
-    kl_divergence: Annotated[float | None, Field(ge=0)] = None
-    """At most: mean KL(reference || model) in nats per token."""
-    top1_agreement: Annotated[float | None, Field(ge=0, le=1)] = None
-    """At least: the share of positions where both name the same next token."""
-
-
-class Gates(Bounds):
-    """Bounds of each variant against its dense parent."""
-
-    tuned: Bounds = Bounds()
-    """Bounds of the tuned model against the source."""
-
-
-class Evaluate(Section):
-    """What the models are judged on."""
-
-    data: Data
-    """The evaluation rows."""
-    sequence_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens in a window; windows do not overlap."""
-    gates: Gates = Gates()
-    """Bounds that a variant must keep to be promoted."""
-
-
-class Promote(Section):
-    """What a passing variant gets."""
-
-    alias: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")] = "production"
-    """The alias that moves to its version."""
-
-    @model_validator(mode="after")
-    def _no_version(self) -> Promote:
-        if re.fullmatch(r"v\d+", self.alias):
-            raise ValueError(f"alias {self.alias} would look like a version; choose a word")
-        return self
 
 
 class Recipe(Section):
@@ -171,6 +56,12 @@ class Recipe(Section):
             raise ValueError("promote needs evaluate: what nobody measured is not promoted; add evaluate.data")
         if self.calibrated and self.calibration.data == "train" and self.train.data is None:
             raise ValueError("calibration.data is train, but train.data is missing; name a calibration file")
+        if (
+            self.evaluate
+            and self.evaluate.data == "held_out"
+            and not (self.train.data is not None and self.train.data.held_out)
+        ):
+            raise ValueError("evaluate.data is held_out, but no row is; set train.data.held_out to a share such as 0.1")
         return self
 
     @property
@@ -185,8 +76,20 @@ class Recipe(Section):
         assert data is not None
         return data
 
+    @property
+    def evaluation_data(self) -> Data | None:
+        """The rows that models are judged on, where the recipe has any."""
+        if self.evaluate is None:
+            return None
+        if self.evaluate.data == "held_out":
+            assert self.train.data is not None
+            return self.train.data.model_copy(update={"part": "held_out"})
+        return self.evaluate.data
 
-RESERVED_VARIANTS = frozenset({"dense", "adapter", "tuned", "evaluation"})
+
+RESERVED_VARIANTS = frozenset(
+    {"dense", "adapter", "head", "projector", "tuned", "evaluation", "base-nf4", "base-int8", "dequantized"}
+)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -12,12 +12,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.errors import DataError, MissingLibrary
-from pipeline.recipe import Data
+from pipeline.sections import Data, Kind
 
-Kind = Literal["text", "messages", "prompt_completion"]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 

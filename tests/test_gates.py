@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import StoreCorrupt
 from pipeline.gates import Scores, judge, judge_all, read_report, write_report
-from pipeline.recipe import Bounds, Gates
+from pipeline.sections import Bounds, Gates
 
 
 def scores(variant: str = "nf4", *, perplexity: float = 10.2, kl: float = 0.02, top1: float = 0.9) -> Scores:

@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import Recipe, Upcast, load_recipe, parse_recipe
+from pipeline.recipe import Recipe, load_recipe, parse_recipe
+from pipeline.sections import Upcast
 from pipeline.targets import parse_target
 
 MINIMAL = "name: bot\nsource: ./model\n"

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from pipeline.errors import DataError, MissingLibrary
-from pipeline.recipe import Data
 from pipeline.rows import Completion, Conversation, Message, Text, check_rows, lacks_chat_template, read_rows
+from pipeline.sections import Data
 
 TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
 

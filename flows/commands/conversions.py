@@ -14,8 +14,9 @@ from pipeline.artifacts import Store
 from pipeline.catalog import format_of, format_to, require_libraries
 from pipeline.errors import InputError
 from pipeline.preflight import open_model
-from pipeline.recipe import Data, Dtype, Recipe, Upcast
+from pipeline.recipe import Recipe
 from pipeline.rows import check_rows
+from pipeline.sections import Data, Dtype, Upcast
 from pipeline.sizes import check_target, dense_sizes
 from pipeline.targets import Target, parse_target
 

@@ -14,8 +14,8 @@ from pipeline.catalog import format_of, require_libraries
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import InputError, one_line
 from pipeline.preflight import open_model
-from pipeline.recipe import Data
 from pipeline.rows import check_rows
+from pipeline.sections import Data
 
 MOST_PROBLEMS = 10  # of a checkpoint that is no good at all, a screen tells enough
 Json = Annotated[bool, Parameter(name="--json", negative="")]

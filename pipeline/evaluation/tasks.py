@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.recipe import Data
+from pipeline.sections import Data
 
 # gptqmodel's loader asks its pool for a worker a core and refuses to start with fewer than two.
 ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2"}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.recipe import Data
+from pipeline.sections import Data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from pipeline import child
 from pipeline.catalog import FORMATS
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DataError, MissingLibrary, UnsupportedFormat
-from pipeline.recipe import Data
+from pipeline.sections import Data
 from pipeline.stages import Job, quantize
 from tests.checkpoints import tiny_llama
 

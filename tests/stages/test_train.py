@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from pipeline import progress
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, DataError, NonFinite, RecipeError, UnsupportedFormat
-from pipeline.recipe import Data
+from pipeline.sections import Data
 from tests.checkpoints import tiny_llama, with_chat_template
 from tests.training.runs import ARGUMENTS, LORA, contents, rows, trained
 

@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from pipeline.recipe import Data
+from pipeline.sections import Data
 from pipeline.stages import Job, train
 
 ARGUMENTS = {"max_steps": 6, "learning_rate": 5e-3, "per_device_train_batch_size": 2, "save_steps": 2}

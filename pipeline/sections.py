@@ -1,0 +1,202 @@
+"""The recipe's sections: what each key is called, what it may hold, what it means."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from pipeline.targets import Section
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+Method = Literal["none", "full", "lora", "head", "projector", "qat"]
+Base = Literal["dense", "source", "nf4", "int8"]
+Engine = Literal["auto", "trainer", "features"]
+Kind = Literal[
+    "text", "messages", "prompt_completion", "alpaca", "classification", "regression", "tagged", "pairs"
+]  # fmt: skip
+LABELLED: frozenset[str] = frozenset({"classification", "regression", "tagged", "pairs"})
+
+
+class Upcast(Section):
+    """How the source becomes dense."""
+
+    dtype: Dtype = "bfloat16"
+    """Data type of the dense weights."""
+    max_shard_size: Annotated[str, Field(pattern=r"^[1-9]\d{0,5}(\.\d+)? ?[MG]B$")] = "5GB"
+    """Most bytes of a weight file, such as 500MB or 5GB; a tensor larger than that has a file of its own."""
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes; MB and GB are powers of ten, as on the hub."""
+        number, unit = self.max_shard_size[:-2], self.max_shard_size[-2:]
+        return int(float(number) * {"MB": 10**6, "GB": 10**9}[unit])
+
+
+class Data(Section):
+    """Rows."""
+
+    path: str
+    """JSONL, CSV, Parquet or text file, a folder or glob of such, a hub dataset's id[@revision], or an s3:// URL."""
+    format: Literal["auto"] | Kind = "auto"
+    """What a row is; `auto` reads it off the first row's fields."""
+    field: str = "text"
+    """The field that holds the text, where the format is `text`, `classification` or `regression`."""
+    label: str = "label"
+    """The field that holds the label, where the format is `classification` or `regression`."""
+    split: str = "train"
+    """The split of a hub dataset."""
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the rows, chosen by the hash of their content, that training never sees; `evaluate.data` may be them."""
+    validation: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the rows, likewise, that training is watched on and `merge_base: better` chooses with."""
+    part: Literal["train", "validation", "held_out"] = "train"
+    """Which of the three parts is read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Say that a bare path will do: editors and Prefect check against this schema, not against the parser."""
+        return {"anyOf": [handler(core), {"type": "string"}]}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of it changes the rows beyond the content of its files."""
+        return self.model_dump(exclude={"path"}, exclude_defaults=True)
+
+
+class Projector(Section):
+    """A small trained layer on pooled features of the backbone."""
+
+    kind: Literal["linear", "mlp"] = "linear"
+    """`linear`: one matrix and a bias; `mlp`: two, with GELU between."""
+    out_features: Annotated[int | None, Field(ge=1)] = None
+    """Values that come out; left out: the number of labels, or for pairs the backbone's hidden size."""
+    hidden_features: Annotated[int | None, Field(ge=1)] = None
+    """Values between an mlp's two matrices; left out: the backbone's hidden size."""
+    pooling: Literal["last_token", "mean", "cls"] = "last_token"
+    """The positions whose hidden states become the feature: the last real token, all real tokens, the first."""
+
+
+class Launcher(Section):
+    """Several processes, by `accelerate launch`."""
+
+    processes: Annotated[int, Field(ge=1)] = 1
+    """Processes on this machine; each takes `per_device_train_batch_size` rows at a time."""
+    config: str | None = None
+    """An accelerate config file (DDP, FSDP, several machines)."""
+
+
+class Train(Section):
+    """What trains, on what, for how long."""
+
+    method: Method = "none"
+    """`lora`: an adapter, merged afterwards; `full`: every weight; `head`: the architecture's own classifier;
+    `projector`: a layer on pooled features; `qat`: every weight on the first target's grid; `none`: requantize as it
+    is."""
+    base: Base = "dense"
+    """What the training stands on: the upcast weights, the source as it is, or the upcast weights in NF4 or int8."""
+    engine: Engine = "auto"
+    """For head and projector. `features`: the frozen backbone runs once over the rows, whatever the epochs; `trainer`:
+    transformers' Trainer runs it every time. `auto`: features, unless `trainable` or augmentation asks for Trainer."""
+    data: Data | None = None
+    """The training rows."""
+    sequence_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens in a training sequence; documents are split into such."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """What becomes of other rows that are longer: none is ever cut."""
+    packing: bool = False
+    """Whether several conversations or prompts share a sequence, each blind to the others; documents always do."""
+    trainable: tuple[str, ...] = ()
+    """Names of weights that train, such as model.layers.3.*; instead of all (full), or beside the head or projector."""
+    lora: dict[str, Any] = Field(default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})
+    """PEFT's LoraConfig names, verbatim; use_dora and use_rslora are among them."""
+    merge_base: Literal["dequantized", "original", "better"] = "dequantized"
+    """For lora on nf4 or int8: merge into the dequantized base that it was trained on, into the weights from before
+    that, or into whichever has the lower loss on the `validation` part of the training data."""
+    projector: Projector = Projector()
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """transformers' TrainingArguments names, verbatim."""
+    launcher: Launcher = Launcher()
+
+    @model_validator(mode="after")
+    def _data_given(self) -> Train:
+        if self.method != "none" and self.data is None:
+            raise ValueError(f"train.method is {self.method} but train.data is missing; name a file of training rows")
+        return self
+
+    @property
+    def resolved_engine(self) -> Engine:
+        """`engine`, chosen where it is auto: features are kept only where no epoch changes them."""
+        if self.engine != "auto":
+            return self.engine
+        changing = self.trainable or self.arguments.get("neftune_noise_alpha")
+        return "features" if self.method in {"head", "projector"} and not changing else "trainer"
+
+
+class Calibration(Section):
+    """The rows whose activations steer GPTQ and AWQ."""
+
+    data: Literal["train"] | Data = "train"
+    """`train` for the training rows, or a file."""
+    samples: Annotated[int, Field(ge=1)] = 128
+    """Sequences of tokens."""
+    sequence_length: Annotated[int, Field(ge=16)] = 512
+    """Tokens in a sample."""
+
+
+class Bounds(Section):
+    """Bounds on figures; a figure without a bound is shown and judged by nobody."""
+
+    perplexity_increase: float | None = None
+    """At most: perplexity / reference perplexity - 1. Negative asks for a gain."""
+    kl_divergence: Annotated[float | None, Field(ge=0)] = None
+    """At most: mean KL(reference || model) in nats per token, or per row of a classifier."""
+    top1_agreement: Annotated[float | None, Field(ge=0, le=1)] = None
+    """At least: the share of positions, or of rows, where both name the same token or label."""
+    accuracy: Annotated[float | None, Field(ge=0, le=1)] = None
+    """At least: the share of right labels; for pairs, of anchors whose positive is the nearest."""
+    accuracy_drop: Annotated[float | None, Field(ge=-1, le=1)] = None
+    """At most: the reference's accuracy - the model's. Negative asks for a gain."""
+    f1: Annotated[float | None, Field(ge=0, le=1)] = None
+    """At least: the mean over labels of F1."""
+    error_increase: float | None = None
+    """At most, for regression: root mean squared error / the reference's - 1."""
+
+
+class Gates(Bounds):
+    """Bounds of each variant against its dense parent."""
+
+    tuned: Bounds = Bounds()
+    """Bounds of the tuned model against the source."""
+
+
+class Evaluate(Section):
+    """What the models are judged on."""
+
+    data: Literal["held_out"] | Data
+    """The evaluation rows; `held_out` for that part of the training data."""
+    sequence_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens in a window; windows do not overlap."""
+    gates: Gates = Gates()
+    """Bounds that a variant must keep to be promoted."""
+
+
+class Promote(Section):
+    """What a passing variant gets."""
+
+    alias: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")] = "production"
+    """The alias that moves to its version."""
+
+    @model_validator(mode="after")
+    def _no_version(self) -> Promote:
+        if re.fullmatch(r"v\d+", self.alias):
+            raise ValueError(f"alias {self.alias} would look like a version; choose a word")
+        return self

@@ -35,13 +35,13 @@ def lay_out(recipe: Recipe) -> Plan:
     return plan
 
 
-def _step_task(stage: str) -> Callable[..., References]:
-    """The task of a stage: its inputs are named only so that Prefect draws what follows from what."""
+def _step_task(name: str) -> Callable[..., References]:
+    """The task of a step: its inputs are named only so that Prefect draws what follows from what."""
 
-    @task(name=stage, task_run_name=stage, cache_policy=NO_CACHE, persist_result=False)
+    @task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
     def run(plan: Plan, *inputs: References) -> References:
         passed = {variant: reference for given in inputs for variant, reference in given.items()}
-        step = plan.step(stage)
+        step = plan.step(name)
         if step is None:
             return passed
         logger = get_run_logger()
@@ -55,6 +55,8 @@ def _step_task(stage: str) -> Callable[..., References]:
 
 
 upcast = _step_task("upcast")
+base = _step_task("base")
+dequantize = _step_task("dequantize")
 train = _step_task("train")
 merge = _step_task("merge")
 quantize = _step_task("quantize")

@@ -18,8 +18,9 @@ def train_and_quantize(recipe: Recipe) -> dict[str, Any]:
     # The plan is handed on as it is: Prefect would otherwise look through every tensor's name in it.
     plan = cast("Plan", opaque(tasks.lay_out(recipe)))
     dense = tasks.upcast(plan)
-    adapter = tasks.train(plan, dense)
-    tuned = tasks.merge(plan, dense, adapter)
+    base = tasks.base(plan, dense)
+    trained = tasks.train(plan, base)
+    tuned = tasks.merge(plan, tasks.dequantize(plan, base), trained)
     models = tasks.quantize(plan, tuned)
     report = tasks.evaluate(plan, models)
     return tasks.promote(plan, report)

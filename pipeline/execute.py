@@ -15,8 +15,9 @@ from pipeline.artifacts import Artifact, Store
 from pipeline.digests import digest_value
 from pipeline.errors import NoSpace
 from pipeline.manifest import Origin
-from pipeline.plan import Plan, Step
+from pipeline.plan import Plan
 from pipeline.stages import Job
+from pipeline.steps import Step
 
 STAGES = {
     "upcast": "pipeline.stages.upcast",

@@ -15,6 +15,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import InputError
 from pipeline.sizes import Sizes, check_target, dense_sizes, packed_modules
 from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target
+from pipeline.trainability import ask
 from pipeline.upcasting.layout import laid_out
 
 TARGETS: tuple[Target, ...] = (
@@ -85,7 +86,7 @@ def inspect(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Facts
         bytes=checkpoint.nbytes,
         bytes_as_bfloat16=sizes.dense_bytes("bfloat16") if sizes else None,
         shards=len(checkpoint.shards),
-        trainable=_trainable(checkpoint),
+        trainable=_trainable(checkpoint, trust_remote_code=trust_remote_code),
         becomes={target.variant: _obstacle(target, sizes) for target in TARGETS} if sizes and not problems else {},
         dropped=dropped,
         problems=tuple(dict.fromkeys(problems)),
@@ -126,17 +127,13 @@ def _obstacle(target: Target, sizes: Sizes) -> str:
     return ""
 
 
-def _trainable(checkpoint: Checkpoint) -> str:
+def _trainable(checkpoint: Checkpoint, *, trust_remote_code: bool) -> str:
     """What the quantizer that transformers would load the checkpoint with says of training on it."""
     if checkpoint.quantization is None:
         return "every weight, or adapters"
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    try:
-        quantizer: Any = AutoHfQuantizer.from_config(dict(checkpoint.quantization.raw), pre_quantized=True)
-        if quantizer.is_trainable:
-            return "adapters on top, or after an upcast"
-    except Exception as error:  # noqa: BLE001 - a quantizer may ask for any library, or raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return f"after an upcast; as it stands nobody can tell ({reason})"
-    return "after an upcast only"
+    answer = ask(checkpoint.config, checkpoint.quantization.raw, trust_remote_code)
+    if answer.adapters:
+        return "adapters on top, or after an upcast"
+    return (
+        f"after an upcast; as it stands nobody can tell ({answer.reason})" if answer.reason else "after an upcast only"
+    )

@@ -27,8 +27,8 @@ def class_of(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> A
     return transformers.AutoModelForCausalLM
 
 
-def lacks(model_class: Any) -> str:
-    """What keeps a class from giving logits for token ids, or nothing where it says of nothing that does."""
+def lacks(model_class: Any, wanted: str = "logits") -> str:
+    """What keeps a class from giving `wanted` for token ids, or nothing where it says of nothing that does."""
     forward = getattr(model_class, "forward", None)
     if forward is None:  # an auto class
         return ""
@@ -39,8 +39,8 @@ def lacks(model_class: Any) -> str:
     if "input_ids" not in signature.parameters:
         return "takes no token ids"
     outputs = [kind for kind in _kinds(signature.return_annotation) if is_dataclass(kind)]
-    if outputs and not any(field.name == "logits" for kind in outputs for field in fields(kind)):
-        return "has no logits"
+    if outputs and not any(field.name == wanted for kind in outputs for field in fields(kind)):
+        return f"has no {wanted.replace('_', ' ')}"
     return ""
 
 

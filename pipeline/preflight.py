@@ -10,8 +10,10 @@ from pipeline.catalog import FORMATS, format_to, require_libraries
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DataError
 from pipeline.gguf_files import is_gguf
+from pipeline.preflight_training import check_kinds, check_training, is_classifier
 from pipeline.recipe import Recipe
 from pipeline.rows import check_rows, lacks_chat_template
+from pipeline.sections import Kind
 from pipeline.sizes import Sizes, check_target
 from pipeline.sources import open_source
 
@@ -26,8 +28,11 @@ def open_model(source: str, store: Store) -> Checkpoint:
     return open_source(source)
 
 
-def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> None:
-    """Raise an InputError for the first thing in a recipe that is known to fail, before any of it is paid for."""
+def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> Kind | None:
+    """Raise an InputError for the first thing in a recipe that is known to fail, before any of it is paid for.
+
+    Returns what the training rows are.
+    """
     if source.is_gguf:  # the one format that is read with its own library
         require_libraries(FORMATS["gguf"])
     for target in recipe.quantize:
@@ -35,14 +40,16 @@ def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> None:
         check_target(sizes, target)
     if recipe.train.method != "none":
         check_arguments(recipe.train.arguments, recipe.train.lora)
+        check_training(recipe, source)
     files = {"train.data": recipe.train.data if recipe.train.method != "none" else None}
     files["calibration.data"] = recipe.calibration_data if recipe.calibrated else None
     files["evaluate.data"] = recipe.evaluation_data
-    for key, data in files.items():
-        if data and check_rows(data, limit=ROWS_CHECKED) == "messages" and _lacks_chat_template(source):
-            raise DataError(
-                f"{key}: {data.path} holds messages, but the tokenizer of {source.path} has no chat template"
-            )
+    kinds = {key: check_rows(data, limit=ROWS_CHECKED) for key, data in files.items() if data}
+    if "messages" in kinds.values() and _lacks_chat_template(source):
+        key = next(key for key, kind in kinds.items() if kind == "messages")
+        raise DataError(f"{key}: holds messages, but the tokenizer of {source.path} has no chat template")
+    check_kinds(recipe.train, kinds, classifier=is_classifier(source.config))
+    return kinds.get("train.data")
 
 
 def _lacks_chat_template(source: Checkpoint) -> bool:

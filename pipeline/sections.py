@@ -93,6 +93,11 @@ class Launcher(Section):
     config: str | None = None
     """An accelerate config file (DDP, FSDP, several machines)."""
 
+    @property
+    def several(self) -> bool:
+        """Whether training leaves its own process."""
+        return self.processes > 1 or self.config is not None
+
 
 class Train(Section):
     """What trains, on what, for how long."""
@@ -132,13 +137,42 @@ class Train(Section):
             raise ValueError(f"train.method is {self.method} but train.data is missing; name a file of training rows")
         return self
 
+    @model_validator(mode="after")
+    def _options_fit(self) -> Train:
+        attached = self.method in {"head", "projector"}
+        if self.trainable and self.method not in {"full", "head", "projector"}:
+            raise ValueError(
+                f"train.trainable does not go with method {self.method}; use it with full, head or projector"
+            )
+        if self.engine != "auto" and not attached and self.method != "none":
+            raise ValueError(f"train.engine is for head and projector, the method is {self.method}; leave it out")
+        if self.engine == "features" and (changing := self._changes_features):
+            raise ValueError(
+                f"train.engine features computes them once, but {changing} changes them as training goes on; leave it "
+                "out or use engine trainer"
+            )
+        if self.merge_base != "dequantized" and self.method != "lora":
+            raise ValueError(f"train.merge_base is for lora, the method is {self.method}; leave it out")
+        if self.merge_base == "better" and self.data is not None and not self.data.validation:
+            raise ValueError(
+                "train.merge_base better chooses on training rows set aside; set train.data.validation to a share such "
+                "as 0.1"
+            )
+        return self
+
+    @property
+    def _changes_features(self) -> str:
+        """What changes the backbone's features from step to step, or nothing where they stay."""
+        if self.trainable:
+            return "train.trainable"
+        return "neftune_noise_alpha" if self.arguments.get("neftune_noise_alpha") else ""
+
     @property
     def resolved_engine(self) -> Engine:
         """`engine`, chosen where it is auto: features are kept only where no epoch changes them."""
         if self.engine != "auto":
             return self.engine
-        changing = self.trainable or self.arguments.get("neftune_noise_alpha")
-        return "features" if self.method in {"head", "projector"} and not changing else "trainer"
+        return "features" if self.method in {"head", "projector"} and not self._changes_features else "trainer"
 
 
 class Calibration(Section):

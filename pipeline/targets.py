@@ -91,6 +91,11 @@ class AWQTarget(_Target):
 
 Target = Annotated[BitsAndBytesTarget | GPTQTarget | AWQTarget, Field(discriminator="format")]
 
+# What `train.base` makes of the dense weights before training stands on them.
+BASE_TARGETS: Mapping[str, BitsAndBytesTarget] = {
+    "nf4": BitsAndBytesTarget(format="bitsandbytes", type="nf4", name="base-nf4"),
+    "int8": BitsAndBytesTarget(format="bitsandbytes", bits=8, name="base-int8"),
+}
 
 _ADAPTER: TypeAdapter[Target] = TypeAdapter(Target)
 SHORT: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline import plan as plan_module
+from pipeline import graph
 from pipeline.errors import (
     CheckpointError,
     DataError,
@@ -19,7 +19,8 @@ from pipeline.errors import (
     RequantError,
     UnsupportedFormat,
 )
-from pipeline.plan import Plan, Step, make_plan
+from pipeline.plan import Plan, make_plan
+from pipeline.steps import Step
 from pipeline.recipe import parse_recipe
 from tests.checkpoints import tiny_llama
 
@@ -230,7 +231,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(root, monk
 
 
 def test_every_step_has_a_version(root):
-    assert {step.stage for step in planned(root).steps} <= plan_module.STAGE_VERSIONS.keys()
+    assert {step.stage for step in planned(root).steps} <= graph.STAGE_VERSIONS.keys()
 
 
 def test_errors_of_the_plan_are_the_users(root):

@@ -1,0 +1,105 @@
+"""Whether a method can train on what the recipe names: the base, the rows, the installed libraries."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from pipeline import child
+from pipeline.catalog import format_of, format_to, require_libraries
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import DataError, MissingLibrary, RecipeError
+from pipeline.recipe import Recipe
+from pipeline.sections import LABELLED, Kind, Train
+from pipeline.targets import BASE_TARGETS, AWQTarget, GPTQTarget, Target
+from pipeline.trainability import Answer, refusal
+
+# What a method learns from, where that is not everything.
+ROWS_OF: Mapping[str, frozenset[Kind]] = {
+    "head": frozenset({"classification", "regression", "tagged"}),
+    "projector": frozenset({"classification", "regression", "pairs"}),
+    "lora": frozenset(set(get_args(Kind)) - {"pairs"}),
+}
+# What transformers' quantizer is asked about a base that is not made yet.
+BASE_CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+}
+
+
+def check_training(recipe: Recipe, source: Checkpoint) -> None:
+    """Raise RecipeError where method, base and engine do not go together, by what the installed libraries say."""
+    train, quantization = recipe.train, source.quantization
+    if train.method == "qat":
+        _check_grid(recipe.quantize)
+    base = "dense" if train.base == "source" and quantization is None else train.base
+    if base in BASE_TARGETS and quantization is not None and format_to(BASE_TARGETS[base]) is format_of(quantization):
+        raise RecipeError(f"train.base: the source is {base} already; use base source, or base dense")
+    if train.merge_base != "dequantized" and base not in BASE_TARGETS:
+        raise RecipeError(
+            f"train.merge_base {train.merge_base}: with train.base {base} there are no weights but those trained on; "
+            "leave it out, or use base nf4 or int8"
+        )
+    if base == "dense" and train.method not in {"projector", "lora"}:
+        return
+    title, raw = "", None
+    if base == "source":
+        row = format_of(quantization)
+        if not row.reload.startswith("transformers") or source.is_gguf:
+            raise RecipeError(
+                f"train.base source: transformers does not train on {row.title}; use base dense, which upcasts first"
+            )
+        require_libraries(row)
+        title, raw = row.title, quantization.raw if quantization else None
+    elif base in BASE_TARGETS:
+        require_libraries(format_to(BASE_TARGETS[base]))
+        title, raw = format_to(BASE_TARGETS[base]).title, BASE_CONFIGS[base]
+    answer = Answer()
+    if raw is not None or train.method == "projector":
+        # In a child: the libraries that know are the ones that the plan must not import.
+        answer = child.run("pipeline.trainability:ask", source.config, raw, recipe.trust_remote_code)
+    engine = train.resolved_engine
+    reason = refusal(train.method, engine, format_title=title, base=base, arguments=train.arguments, answer=answer)
+    if reason:
+        raise RecipeError(reason)
+
+
+def check_kinds(train: Train, kinds: Mapping[str, Kind], *, classifier: bool) -> None:
+    """Raise DataError where a method cannot learn from such rows, or is judged on rows of another kind."""
+    learned, judged = kinds.get("train.data"), kinds.get("evaluate.data")
+    fitting = ROWS_OF.get(train.method)
+    if learned and fitting and learned not in fitting:
+        raise DataError(
+            f"train.data: holds {learned} rows, and method {train.method} learns from {' or '.join(sorted(fitting))}; "
+            "name other rows or another method"
+        )
+    if train.packing and learned in LABELLED:
+        raise RecipeError(f"train.packing: is for conversations and prompts, the rows are {learned}; leave it out")
+    expected = learned if learned in LABELLED else None
+    if learned is None and classifier:
+        return  # judged as what its head is, which the stage knows
+    if judged and (judged if judged in LABELLED else None) != expected:
+        raise DataError(
+            f"evaluate.data: holds {judged} rows, but the model learns from {learned or 'none, it gives tokens'}; name "
+            "rows of that kind"
+        )
+
+
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Whether a model has a classification head of its own, by the class that its config names."""
+    return str((config.get("architectures") or [""])[0]).endswith(
+        ("ForSequenceClassification", "ForTokenClassification")
+    )
+
+
+def _check_grid(targets: Sequence[Target]) -> None:
+    """Raise RecipeError where torchao has no fake quantization for the first target's grid."""
+    first = targets[0] if targets else None
+    if not isinstance(first, GPTQTarget | AWQTarget):
+        named = f"the first, {first.variant}, is not one" if first else "there is none"
+        raise RecipeError(
+            f"train.method qat trains for an integer grid: name a gptq or awq target first ({named}), or use full"
+        )
+    if importlib.util.find_spec("torchao") is None:
+        raise MissingLibrary("train.method qat needs torchao, which is not installed; run pip install 'requant[qat]'")

@@ -20,8 +20,8 @@ from pipeline.errors import (
     UnsupportedFormat,
 )
 from pipeline.plan import Plan, make_plan
-from pipeline.steps import Step
 from pipeline.recipe import parse_recipe
+from pipeline.steps import Step
 from tests.checkpoints import tiny_llama
 
 RECIPE = """

@@ -6,6 +6,7 @@ outputs loses only the second.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,15 @@ class Job:
 
     `inputs` maps a role (`source`, `dense`, `base`, `adapter`, …) to a checkpoint folder, `data` a role to a file of
     rows. `options` are the plain values that change the result. `workspace` is a folder of the stage's own that
-    outlives a kill: a rerun of the same job finds there what the last one left.
+    outlives a kill: a rerun of the same job finds there what the last one left. `cache` is where features of frozen
+    backbones are kept for any later job, `logs` where TensorBoard reads; without them both go into the workspace.
     """
 
     inputs: Mapping[str, Path]
     options: Mapping[str, Any]
     workspace: Path
+    cache: Path | None = None
+    logs: Path | None = None
     data: Mapping[str, Data] = field(default_factory=dict)
     trust_remote_code: bool = False
 
@@ -42,3 +46,10 @@ class Output:
     folder: Path
     metrics: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def fresh(folder: Path) -> Path:
+    """The folder, empty: what a kill left half written is removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder

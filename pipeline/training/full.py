@@ -1,7 +1,9 @@
-"""Full training: every weight, kept in float32 while it trains, written back in the base's own dtypes."""
+"""Full training: every weight, or those that the recipe names, in float32 while they train."""
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,35 +11,62 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import UnsupportedFormat
+from pipeline.errors import RecipeError, UnsupportedFormat
 from pipeline.shard_writer import ShardWriter
 from pipeline.shards import DTYPES, ShardReader
-from pipeline.training.model import tied_names
+from pipeline.targets import unknown_key
+from pipeline.training.model import Loaded, tied_names
 
 
-def master_dtype(_base: Checkpoint, _device: str) -> torch.dtype:
-    """float32: an update smaller than half a step of bf16 (1/512 of the weight) would round to nothing."""
-    return torch.float32
+def freeze_but(model: Any, patterns: Sequence[str]) -> frozenset[str]:
+    """Freeze every parameter that none of `patterns` (shell-style, `*` for any text) names; return those left to train.
+
+    No pattern leaves all of them. Raise RecipeError for a pattern that names none.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise RecipeError(f"train.trainable: {unknown_key(pattern, names[:2000]).removeprefix('unknown key ')}")
+    chosen = {name for name in names if not patterns or any(fnmatch.fnmatchcase(name, each) for each in patterns)}
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name in chosen)
+    return frozenset(chosen)
 
 
-def check_names(model: Any, base: Checkpoint) -> None:
+def check_names(loaded: Loaded, base: Checkpoint) -> None:
     """Raise UnsupportedFormat where a weight of the model has no place among the base's tensors."""
-    state = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-    homeless = sorted(revert_weight_conversion(model, state).keys() - base.tensors.keys() - tied_names(model))
+    state = {name: tensor.to("meta") for name, tensor in loaded.model.state_dict().items()}
+    known = base.tensors.keys() | tied_names(loaded.model) | loaded.new
+    homeless = sorted(revert_weight_conversion(loaded.model, state).keys() - known)
     if homeless:
         raise UnsupportedFormat(
             f"{base.path}: does not store {homeless[0]} by that name, so it could not be written back; use method lora"
         )
 
 
-def write_tuned(model: Any, base: Checkpoint, folder: Path) -> None:
-    """Write the model's weights under the base's names, shapes, dtypes and order; memory beside the model: one tensor.
+def write_tuned(
+    state: Mapping[str, torch.Tensor], base: Checkpoint, folder: Path, *, new: Sequence[str], dropped: Sequence[str]
+) -> None:
+    """Write `state` under the base's names, shapes, dtypes and order, then what is `new`; memory beside it: one tensor.
 
-    A tensor that the base stores and the architecture computes for itself is copied as it is.
+    `state` has the checkpoint's names. A tensor of the base that it lacks is copied as it is, but for modules that are
+    `dropped`; one of another shape takes its own.
     """
-    state = revert_weight_conversion(model, model.state_dict())
-    shapes = {name: (info.dtype, info.shape) for name, info in base.tensors.items()}
+    shapes = {
+        name: (info.dtype, tuple(state[name].shape) if name in state else info.shape)
+        for name, info in base.tensors.items()
+        if name.rpartition(".")[0] not in dropped
+    }
+    floats = [info for info in base.tensors.values() if info.dtype in {"BF16", "F16", "F32"}]
+    common = max(floats, key=lambda info: info.end - info.start).dtype  # not that of a packed weight's scales
+    shapes |= {name: (common, tuple(state[name].shape)) for name in sorted(new) if name not in shapes}
     with ShardReader(base) as reader, ShardWriter(folder, shapes) as writer:
         for name, (dtype, _) in shapes.items():
-            tensor: torch.Tensor = state[name] if name in state else reader[name]
+            tensor = state[name] if name in state else reader[name]
             writer.write(name, tensor.detach().to(DTYPES[dtype]))
+
+
+def stored_state(model: Any) -> Mapping[str, torch.Tensor]:
+    """The model's weights by the names that its checkpoints have."""
+    found: Mapping[str, torch.Tensor] = revert_weight_conversion(model, model.state_dict())
+    return found

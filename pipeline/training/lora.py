@@ -16,54 +16,73 @@ from peft.tuners.lora import Embedding, Linear
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import AutoConfig, set_seed
 
 from pipeline.argument_names import RESERVED_LORA
+from pipeline.catalog import format_of
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, NonFinite, RecipeError
 from pipeline.headers import read_header
-from pipeline.shards import DTYPES, ShardReader
-from pipeline.training.model import tied_names
+from pipeline.shards import ShardReader
+from pipeline.sizes import dense_sizes, packed_modules
+from pipeline.training.model import Loaded, head_names, tied_names
+from pipeline.training.task import Task
 
 ADAPTER = "default"  # PEFT's own name for the only adapter
 WEIGHTS = "adapter_model.safetensors"
 
 
-def base_dtype(base: Checkpoint, device: str) -> torch.dtype:
-    """What the frozen weights are computed in; the adapter itself is always float32.
+def attach(
+    loaded: Loaded, options: Mapping[str, Any], base: Checkpoint, *, seed: int
+) -> tuple[PeftModel, frozenset[str]]:
+    """The model with a fresh adapter beside its frozen weights, and the names of what trains.
 
-    On a CPU float32: without AVX512-BF16 or AMX a bf16 step of a 6.8 M Llama took 5.0 times as long (46.9 s and 9.4 s,
-    2 cores). On a GPU the checkpoint's own dtype, except float16, whose gradients underflow without a loss scaler.
-    """
-    stored = DTYPES[next(info.dtype for info in base.tensors.values() if info.dtype in {"BF16", "F16", "F32"})]
-    return torch.bfloat16 if device == "cuda" and stored == torch.bfloat16 else torch.float32
-
-
-def attach(model: Any, options: Mapping[str, Any], base: Checkpoint, *, seed: int) -> PeftModel:
-    """The model with a fresh adapter beside its frozen weights; the same seed gives the same adapter.
-
-    Raise RecipeError where PEFT refuses the options, or where the adapter could not be merged afterwards.
+    The base may be quantized. The same seed gives the same adapter. Raise RecipeError where PEFT refuses the options,
+    or where the adapter could not be merged afterwards.
     """
     for name in options:
         assert name not in RESERVED_LORA, f"{name}: the plan refuses it"
-    tied = tied_names(model)
+    model, tied = loaded.model, tied_names(loaded.model)
+    stored = dense_sizes(base, format_of(base.quantization)).shapes.keys()
     set_seed(seed)
     try:
-        adapted = get_peft_model(model, _plain_layers(LoraConfig(task_type="CAUSAL_LM", **options)))
+        config = LoraConfig(task_type=loaded.task.peft_type, **_targets(loaded, options, base))
+        # A quantized base's layers are known to PEFT alone.
+        adapted = get_peft_model(model, config if base.quantization else _plain_layers(config))
     except (TypeError, ValueError, ImportError, NotImplementedError) as error:
         raise RecipeError(f"train.lora: {' '.join(str(error).split()).rstrip('.')}; correct the value") from error
     for name in touched(adapted):
         if name in tied:
             raise RecipeError(f"train.lora: {name} is tied to another tensor, so no merge can change it; leave it out")
-        if name not in base.tensors:
+        if name not in stored and name not in loaded.new:
             raise RecipeError(
                 f"train.lora: {name} is not stored under that name, so no merge can change it; leave it out"
             )
-    return adapted
+    return adapted, frozenset(_own(adapted))
 
 
-def write_adapter(model: PeftModel, folder: Path) -> None:
-    """Write adapter_model.safetensors (float32) and adapter_config.json; the bytes depend on values alone.
+def _own(model: PeftModel) -> Iterator[str]:
+    """The adapter's parameters and the copies of whole modules that train beside it."""
+    for name, _ in model.named_parameters():
+        if f".{ADAPTER}." in name and ("lora_" in name or "modules_to_save" in name):
+            yield name
+
+
+def _targets(loaded: Loaded, options: Mapping[str, Any], base: Checkpoint) -> dict[str, Any]:
+    """The options, with what PEFT leaves out: packed layers among all-linear, and the whole head of a classifier."""
+    found = dict(options)
+    if base.quantization is not None and found.get("target_modules") == "all-linear":
+        # PEFT means subclasses of torch's Linear, which GPTQ's and AWQ's are not.
+        packed = packed_modules(base, format_of(base.quantization))
+        found["target_modules"] = sorted({name.rpartition(".")[2] for name in packed})
+    if not loaded.task.language:
+        head = {name.rpartition(".")[0] for name in head_names(loaded.model, loaded.new)}
+        found["modules_to_save"] = sorted({*(found.get("modules_to_save") or ()), *head})
+    return found
+
+
+def write_adapter(model: PeftModel, task: Task, folder: Path) -> None:
+    """Write adapter_model.safetensors (float32), adapter_config.json and a classifier's task, by values alone.
 
     PEFT's own save_pretrained would name the base's path and list the target modules in an order that changes from run
     to run, and with them the digest.
@@ -76,6 +95,7 @@ def write_adapter(model: PeftModel, folder: Path) -> None:
     plain = {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in config.items()}
     text = json.dumps(plain, indent=2, sort_keys=True) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    task.write(folder)
 
 
 def touched(model: PeftModel) -> dict[str, Any]:
@@ -92,16 +112,17 @@ def touched(model: PeftModel) -> dict[str, Any]:
 def merged(
     base: Checkpoint, adapter: Path, reader: ShardReader, *, trust_remote_code: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the base that the adapter changes, merged in float32, by name and in the base's order.
+    """Every tensor that the adapter changes, merged in float32, by name, in the base's order; then a new head's.
 
     The model itself has no weights: one base tensor is in memory at a time, beside the adapter. Raise
     CheckpointError where the adapter belongs to another base, NonFinite where a merged weight is NaN or infinite.
     """
-    layers = touched(_adapted_skeleton(base, adapter, trust_remote_code=trust_remote_code))
-    for name in layers:
-        if name not in base.tensors:
-            raise CheckpointError(f"{adapter}: changes {name}, which {base.path} does not hold; it has another base")
-    for name in base.tensors:
+    task = Task.read(adapter)
+    layers = touched(_adapted_skeleton(base, adapter, task, trust_remote_code=trust_remote_code))
+    new = [name for name in layers if name not in base.tensors]
+    if task.language and new:
+        raise CheckpointError(f"{adapter}: changes {new[0]}, which {base.path} does not hold; it has another base")
+    for name in (*base.tensors, *new):
         if name in layers:
             tensor = _merge_one(layers[name], name, reader)
             if not torch.isfinite(tensor).all():
@@ -123,11 +144,12 @@ def _merge_one(layer: Any, name: str, reader: ShardReader) -> torch.Tensor:
     return result
 
 
-def _adapted_skeleton(base: Checkpoint, adapter: Path, *, trust_remote_code: bool) -> PeftModel:
+def _adapted_skeleton(base: Checkpoint, adapter: Path, task: Task, *, trust_remote_code: bool) -> PeftModel:
     """The base without its weights, the adapter's in place, on the CPU."""
     config = AutoConfig.from_pretrained(base.path, trust_remote_code=trust_remote_code, local_files_only=True)
+    task.describe(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model = task.model_class.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             # One zero, seen at every place. PEFT moves an adapter to its base's device, and a delta on the meta device

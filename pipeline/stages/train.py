@@ -1,106 +1,100 @@
-"""Train: a dense checkpoint and rows become an adapter (lora) or a tuned checkpoint (full)."""
+"""Train: a checkpoint and rows become an adapter, a head, a projector, or a tuned checkpoint.
+
+Where only a head or projector trains, the frozen backbone runs once over the rows and the loop is on its features
+(`engine: features`); everything else goes through transformers' Trainer.
+"""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
-from pipeline.checkpoint import Checkpoint, copy_companions
-from pipeline.encoding import encode, load_tokenizer
-from pipeline.rows import read_rows
-from pipeline.stages import Job, Output
-from pipeline.training import full, lora
+from pipeline.checkpoint import Checkpoint
+from pipeline.encoding import load_tokenizer
+from pipeline.stages import Job, Output, fresh
+from pipeline.stages.launched import is_launched, run_launched
+from pipeline.training import attached, processes
 from pipeline.training.arguments import training_arguments
-from pipeline.training.model import load_base, open_dense
-from pipeline.training.trainer import Trained, train
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Method:
-    """How a method names its output, computes, readies the loaded model, and writes what came of it.
-
-    `mixed` says whether a GPU computes in bf16 beside float32 weights.
-    """
-
-    variant: str
-    mixed: bool
-    dtype: Callable[[Checkpoint, str], torch.dtype]
-    prepare: Callable[[Any, Checkpoint, Mapping[str, Any]], Any]
-    write: Callable[[Any, Checkpoint, Path], None]
-
-
-def _prepare_lora(model: Any, base: Checkpoint, options: Mapping[str, Any]) -> Any:
-    return lora.attach(model, options["lora"], base, seed=options["seed"])
-
-
-def _prepare_full(model: Any, base: Checkpoint, _: Mapping[str, Any]) -> Any:
-    full.check_names(model, base)
-    return model
-
-
-def _write_lora(model: Any, _: Checkpoint, folder: Path) -> None:
-    lora.write_adapter(model, folder)
-
-
-def _write_full(model: Any, base: Checkpoint, folder: Path) -> None:
-    full.write_tuned(model, base, folder)
-    copy_beside_weights(base, folder)
-
-
-METHODS: Mapping[str, _Method] = {
-    "lora": _Method(variant="adapter", mixed=False, dtype=lora.base_dtype, prepare=_prepare_lora, write=_write_lora),
-    "full": _Method(variant="tuned", mixed=True, dtype=full.master_dtype, prepare=_prepare_full, write=_write_full),
-}
+from pipeline.training.checks import Expectation
+from pipeline.training.examples import Examples, read_examples, task_of
+from pipeline.training.methods import METHODS, Method, Ready
+from pipeline.training.task import Task
+from pipeline.training.trainer import Course, Trained, train
 
 
 def run(job: Job) -> Iterator[Output]:
-    """Train `job.inputs["base"]`, dense, on `job.data["train"]`: one output, called adapter (lora) or tuned (full).
+    """Train on `job.inputs["base"]` with `job.data["train"]`: one output, called adapter, head, projector or tuned.
 
-    `job.options`: method, sequence_length, lora, arguments, seed. What a kill leaves in `job.workspace/checkpoints` is
-    resumed from. Raise DataError, RecipeError or CheckpointError before the first step, NonFinite where training fails.
+    `job.data["validation"]`, if any, is what training is watched on. `job.options`: method, engine, sequence_length,
+    too_long, packing, trainable, lora, projector, grid (qat), arguments, launcher, seed. What a kill leaves in
+    `job.workspace/checkpoints` is resumed from. Raise DataError, RecipeError or CheckpointError before the first step,
+    NonFinite or CheckFailed where training fails.
     """
+    yield from run_launched(f"{__name__}:run_here", job) if is_launched(job) else run_here(job)
+
+
+def run_here(job: Job) -> Iterator[Output]:
+    """The same in this process; in one of several, only the main one yields."""
     method = METHODS[job.options["method"]]
-    base = open_dense(Checkpoint.open(job.inputs["base"]))
+    base = Checkpoint.open(job.inputs["base"])
+    tokenizer = load_tokenizer(base.path, trust_remote_code=job.trust_remote_code)
+    task = task_of(job, base)
+    examples = read_examples(job, "train", task, tokenizer)
+    validation = read_examples(job, "validation", task, tokenizer) if "validation" in job.data else None
     device = "cuda" if torch.cuda.is_available() and not job.options["arguments"].get("use_cpu") else "cpu"
     arguments = training_arguments(
         job.options["arguments"],
         folder=job.workspace / "checkpoints",
         seed=job.options["seed"],
-        mixed=method.mixed and device == "cuda" and torch.cuda.is_bf16_supported(),
+        mixed=method.masters and device == "cuda" and torch.cuda.is_bf16_supported(),
     )
-    tokenizer = load_tokenizer(base.path, trust_remote_code=job.trust_remote_code)
-    sequences = encode(read_rows(job.data["train"]), tokenizer, sequence_length=job.options["sequence_length"])
-    model = load_base(base, dtype=method.dtype(base, device), trust_remote_code=job.trust_remote_code)
-    model = method.prepare(model, base, job.options)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked, so any id will do
-    trained = train(model, sequences, arguments, pad_token=pad)
-    folder = fresh(job.workspace / "out")
-    method.write(model, base, folder)
-    yield Output(variant=method.variant, folder=folder, metrics=_metrics(trained))
+    out = job.workspace / "out"
+    if job.options.get("engine") == "features":
+        trained = attached.train(job, base, task, examples, validation, arguments, device=device, out=out)
+    else:
+        trained = _through_trainer(job, base, method, task, examples, validation, arguments, device=device, out=out)
+    if processes.is_main():
+        metrics = {**trained, "rows_dropped": examples.dropped}
+        yield Output(variant=method.variant, folder=out, metrics=metrics)
 
 
-def fresh(folder: Path) -> Path:
-    """The folder, empty: what a kill left half written is removed."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+def _through_trainer(
+    job: Job, base: Checkpoint, method: Method, task: Task, examples: Examples, validation: Examples | None,
+    arguments: TrainingArguments, *, device: str, out: Path,
+) -> dict[str, float]:  # fmt: skip
+    """Train with Trainer and write what came of it to `out`; return the figures."""
 
+    def ready() -> Ready:
+        return method.ready(base, task, job.options, device=device, trust_remote_code=job.trust_remote_code)
 
-def copy_beside_weights(base: Checkpoint, folder: Path) -> None:
-    """Copy config.json, tokenizer and whatever else goes with the weights, unchanged."""
-    shutil.copyfile(base.path / "config.json", folder / "config.json")
-    copy_companions(base.path, folder)
+    first = ready()
+    course = Course(
+        examples=examples.items,
+        collate=examples.collate,
+        expected=Expectation(method=job.options["method"], trainable=first.trainable),
+        validation=validation.items if validation else (),
+        divisible=task.kind != "pairs",
+        logs=job.logs,
+    )
+    held = [first]
+
+    def build() -> Any:
+        return (held.pop() if held else ready()).model
+
+    trained = train(build, course, arguments)
+    if processes.is_main():
+        method.write(trained.model, first, base, fresh(out))
+    return _metrics(trained)
 
 
 def _metrics(trained: Trained) -> dict[str, float]:
-    return {
-        "train_loss": trained.loss,
-        "steps": trained.steps,
-        "tokens": trained.tokens,
-        "trainable_parameters": trained.trainable_parameters,
-    }
+    found = {
+        "train_loss": trained.loss, "steps": trained.steps, "tokens": trained.tokens,
+        "trainable_parameters": trained.trainable_parameters, "sample_loss_before": trained.loss_before,
+        "sample_loss_after": trained.loss_after,
+    }  # fmt: skip
+    return found if trained.validation_loss is None else {**found, "validation_loss": trained.validation_loss}

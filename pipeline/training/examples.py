@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from pipeline import progress
+from pipeline.checkpoint import Checkpoint
 from pipeline.encoding import IGNORED, encode, padded
 from pipeline.labelled import classes_of, encode_labelled, encode_pairs, encode_tagged, padded_examples
 from pipeline.rows import check_rows, read_rows
 from pipeline.stages import Job
 from pipeline.training.projector import padded_pairs
-from pipeline.training.task import Task
+from pipeline.training.task import Task, known_classes
 
 Batch = Mapping[str, torch.Tensor]
 BATCH = 8  # examples in a batch where only a loss is wanted
@@ -34,15 +35,15 @@ class Examples:
         return sum(_length(item) for item in self.items)
 
 
-def task_of(job: Job, classes_of_base: Callable[[tuple[str, ...]], tuple[str, ...]]) -> Task:
-    """What the training rows ask for; `classes_of_base` puts the labels found among them into a head's order."""
+def task_of(job: Job, base: Checkpoint) -> Task:
+    """What the training rows ask for; labels in the order of the base's own head, where it has one for them."""
     data = job.data["train"]
     kind = check_rows(data, limit=None)
     if kind not in {"classification", "tagged"}:
         return Task(kind=kind)
     # Of every part: a label that only held-out rows have is one of the model's too.
-    found = classes_of(row for part in PARTS for row in read_rows(data.model_copy(update={"part": part}), empty=True))
-    return Task(kind=kind, classes=classes_of_base(found))
+    everything = data.model_copy(update={"held_out": 0.0, "validation": 0.0, "part": "train"})
+    return Task(kind=kind, classes=known_classes(base, classes_of(read_rows(everything))))
 
 
 def read_examples(job: Job, role: str, task: Task, tokenizer: Any) -> Examples:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,25 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import RecipeError, UnsupportedFormat
 from pipeline.shard_writer import ShardWriter
 from pipeline.shards import DTYPES, ShardReader
-from pipeline.targets import unknown_key
 from pipeline.training.model import Loaded, tied_names
 
 
-def freeze_but(model: Any, patterns: Sequence[str]) -> frozenset[str]:
-    """Freeze every parameter that none of `patterns` (shell-style, `*` for any text) names; return those left to train.
+def freeze_but(
+    model: Any, patterns: Sequence[str], *, also: Collection[str] = (), only: bool = False
+) -> frozenset[str]:
+    """Freeze what neither `also` holds nor one of `patterns` names; return the names of the parameters left to train.
 
-    No pattern leaves all of them. Raise RecipeError for a pattern that names none.
+    A pattern is shell-style, `*` for any text. Where there is none, all are left, or with `only` those of `also`. Raise
+    RecipeError for a pattern that names no parameter.
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise RecipeError(f"train.trainable: {unknown_key(pattern, names[:2000]).removeprefix('unknown key ')}")
-    chosen = {name for name in names if not patterns or any(fnmatch.fnmatchcase(name, each) for each in patterns)}
+            raise RecipeError(
+                f"train.trainable: {pattern} names no weight of the model, which are called like {names[0]}; correct it"
+            )
+    everything = not patterns and not only
+    chosen = {name for name in names if name in also or everything or any(fnmatch.fnmatchcase(name, p) for p in patterns)}
     for name, weight in model.named_parameters():
         weight.requires_grad_(name in chosen)
     return frozenset(chosen)

@@ -46,20 +46,24 @@ def compute_dtype(base: Checkpoint, device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" and next(floats, None) == torch.bfloat16 else torch.float32
 
 
-def load(base: Checkpoint, task: Task, *, dtype: torch.dtype, seed: int, trust_remote_code: bool) -> Loaded:
-    """The model of a checkpoint, dense or quantized, with the head that `task` needs, on the CPU.
+def load(
+    base: Checkpoint, task: Task, *, dtype: torch.dtype, seed: int, trust_remote_code: bool, model_class: Any = None
+) -> Loaded:
+    """The model of a checkpoint, dense or quantized, with the head that `task` needs or of `model_class`, on the CPU.
 
-    A language model must hold every key that its class has, and no other, or CheckpointError is raised: transformers
+    `model_class` and a language model must hold every key that its class has, and no other, or CheckpointError is raised: transformers
     fills what is missing with random weights. A classifier's own head may be missing, and is then drawn from `seed`.
     """
     transformers.utils.logging.disable_progress_bar()
     set_seed(seed)
     config = AutoConfig.from_pretrained(base.path, trust_remote_code=trust_remote_code, local_files_only=True)
-    task.describe(config)
+    as_it_is = task.language or model_class is not None
+    if not as_it_is:
+        task.describe(config)
     try:
-        model, found = task.model_class.from_pretrained(
+        model, found = (model_class or task.model_class).from_pretrained(
             base.path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code,
-            local_files_only=True, ignore_mismatched_sizes=not task.language,
+            local_files_only=True, ignore_mismatched_sizes=not as_it_is,
         )  # fmt: skip
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
@@ -69,10 +73,10 @@ def load(base: Checkpoint, task: Task, *, dtype: torch.dtype, seed: int, trust_r
         ) from error
     new = frozenset(_names(found, "missing_keys") | _names(found, "mismatched_keys"))
     dropped = tuple(sorted({name.rpartition(".")[0] for name in _names(found, "unexpected_keys")}))
-    _check_keys(base, task, model, new, dropped)
+    _check_keys(base, model, new, dropped, as_it_is=as_it_is)
     if base.quantization is not None:
         _compute_in(model, dtype)
-    if not task.language:
+    if not as_it_is:
         task = replace(task, architecture=type(model).__name__, dropped=dropped)
     return Loaded(model=model, task=task, new=new)
 
@@ -101,10 +105,12 @@ def _names(found: Mapping[str, Any], kind: str) -> set[str]:
     return {str(item[0] if isinstance(item, tuple) else item) for item in found.get(kind) or ()}
 
 
-def _check_keys(base: Checkpoint, task: Task, model: Any, new: frozenset[str], dropped: tuple[str, ...]) -> None:
+def _check_keys(
+    base: Checkpoint, model: Any, new: frozenset[str], dropped: tuple[str, ...], *, as_it_is: bool
+) -> None:
     """Raise CheckpointError for a missing key of a backbone, or an odd one that is not another head's."""
     inner = f"{model.base_model_prefix}."
-    odd = sorted(new | set(dropped)) if task.language else sorted(name for name in dropped if name.startswith(inner))
+    odd = sorted(new | set(dropped)) if as_it_is else sorted(name for name in dropped if name.startswith(inner))
     if odd:
         raise CheckpointError(
             f"{base.path}: transformers reports a missing or unexpected key, such as {odd[0]}; the weights and "

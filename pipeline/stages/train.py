@@ -7,6 +7,7 @@ Where only a head or projector trains, the frozen backbone runs once over the ro
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,9 @@ def _through_trainer(
         return method.ready(base, task, job.options, device=device, trust_remote_code=job.trust_remote_code)
 
     first = ready()
+    held = [first.model]
+    # Where memory runs out, the model is made anew: nothing but `held` may keep the first one.
+    first = replace(first, model=None, loaded=replace(first.loaded, model=None))
     course = Course(
         examples=examples.items,
         collate=examples.collate,
@@ -80,10 +84,9 @@ def _through_trainer(
         divisible=task.kind != "pairs",
         logs=job.logs,
     )
-    held = [first]
 
     def build() -> Any:
-        return (held.pop() if held else ready()).model
+        return held.pop() if held else ready().model
 
     trained = train(build, course, arguments)
     if processes.is_main():

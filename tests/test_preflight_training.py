@@ -1,0 +1,170 @@
+"""Before anything loads, the plan refuses a training that the installed libraries would not do, and names the way that works."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import preflight_training, trainability
+from pipeline.errors import RecipeError
+from pipeline.plan import make_plan
+from pipeline.recipe import parse_recipe
+from pipeline.trainability import Answer, ask
+from tests.checkpoints import tiny_llama
+from tests.every_format import good
+
+RECIPE = """
+schema: 1
+name: bot
+source: {source}
+train: {{method: lora, data: {root}/text.jsonl}}
+store: {root}/store
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("preflight")
+    tiny_llama(folder / "dense")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(20)))
+    (folder / "labels.jsonl").write_text(
+        "".join(json.dumps({"text": f"row {i}", "label": "ab"[i % 2]}) + "\n" for i in range(20))
+    )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _asked_here(monkeypatch):
+    """The answers come from this process: a child for each plan would pay the imports again."""
+    monkeypatch.setattr(preflight_training.child, "run", lambda _, *given: ask(*given))
+
+
+def source(root: Path, name: str) -> Path:
+    folder = root / name.replace(" ", "-")
+    return folder if folder.exists() else good(folder, name)
+
+
+def plan(root: Path, name: str, *overrides: str):
+    path = root / "dense" if name == "dense" else source(root, name)
+    text = RECIPE.format(root=root, source=path)
+    return make_plan(parse_recipe(text, where="r.yaml", overrides=[each.format(root=root) for each in overrides]))
+
+
+@pytest.mark.parametrize("method", ["full", "qat"])
+@pytest.mark.parametrize("name", ["gptq", "awq", "nf4", "int8"])
+def test_quantized_weights_themselves_do_not_train(root, name, method):
+    targets = "quantize=[{{format: gptq, group_size: 32}}]" if method == "qat" else "seed=1"
+    with pytest.raises(RecipeError, match=r"trains the weights themselves.*use base dense, which upcasts first"):
+        plan(root, name, f"train.method={method}", "train.base=source", "calibration.data={root}/text.jsonl", targets)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "nf4", "int8"])
+def test_adapters_train_on_what_the_installed_quantizer_trains_on(root, name):
+    assert plan(root, name, "train.base=source").step("train")
+
+
+@pytest.mark.parametrize("name", ["auto-round", "mxfp4", "gemv", "modelopt", "hqq", "gguf"])
+def test_what_no_installed_library_trains_on_is_refused_with_the_way_that_works(root, name):
+    with pytest.raises(RecipeError, match="use base dense, which upcasts first"):
+        plan(root, name, "train.base=source")
+
+
+def test_the_quantizer_is_asked_not_a_table(root, monkeypatch):
+    from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
+
+    raw = json.loads((source(root, "gptq") / "config.json").read_text())["quantization_config"]
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    assert ask(config, raw, False).adapters
+    monkeypatch.setattr(GptqHfQuantizer, "is_trainable", property(lambda _: False))
+    assert not ask(config, raw, False).adapters
+
+
+def test_a_quantizer_that_does_not_train_is_refused_by_name_and_version(root, monkeypatch):
+    answer = Answer(adapters=False, versions={"transformers": "5.23.0"})
+    monkeypatch.setattr(preflight_training.child, "run", lambda *_, **__: answer)
+    with pytest.raises(RecipeError, match=r"does not train on GPTQ \(transformers 5.23.0\); use base dense"):
+        plan(root, "gptq", "train.base=source")
+
+
+@pytest.mark.parametrize("base", ["source", "nf4"])
+def test_a_quantized_base_is_never_compiled(root, base):
+    name = "gptq" if base == "source" else "dense"
+    with pytest.raises(RecipeError, match="torch_compile does not work on a quantized base"):
+        plan(root, name, f"train.base={base}", "train.arguments.torch_compile=true")
+    assert plan(root, name, "train.arguments.torch_compile=true").step("train")  # on dense weights it may be
+
+
+def test_peft_older_than_its_integration_is_refused(root, monkeypatch):
+    monkeypatch.setattr(trainability, "peft_version", lambda: (0, 17))
+    with pytest.raises(RecipeError, match=r"needs peft 0.18 or newer, found 0.17"):
+        plan(root, "dense")
+
+
+@pytest.mark.parametrize(("name", "base"), [("gptq", "source"), ("dense", "nf4"), ("dense", "int8")])
+def test_trainer_takes_no_quantized_backbone_without_adapters(root, name, base):
+    labels = ("train.method=projector", "train.data={root}/labels.jsonl", f"train.base={base}")
+    with pytest.raises(RecipeError, match="use engine features, or base dense"):
+        plan(root, name, *labels, "train.engine=trainer")
+    assert plan(root, name, *labels).step("train").options["engine"] == "features"
+
+
+def test_a_projector_needs_a_model_with_hidden_states(root, monkeypatch):
+    monkeypatch.setattr(preflight_training.child, "run", lambda *_, **__: Answer(hidden_states=False))
+    with pytest.raises(RecipeError, match="needs a model that gives hidden states"):
+        plan(root, "dense", "train.method=projector", "train.data={root}/labels.jsonl")
+
+
+def test_qat_needs_a_grid_of_integers(root):
+    with pytest.raises(RecipeError, match="name a gptq or awq target first"):
+        plan(root, "dense", "train.method=qat", "quantize=[{{format: bitsandbytes}}]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("train.trainable=[a]",), "train.trainable does not go with method lora"),
+        (("train.engine=features",), "train.engine is for head and projector"),
+        (("train.method=full", "train.merge_base=original"), "train.merge_base is for lora"),
+        (("train.base=nf4", "train.merge_base=better"), "set train.data.validation"),
+        (
+            ("train.method=head", "train.engine=features", "train.trainable=[a]"),
+            "train.engine features computes them once, but train.trainable changes them",
+        ),
+        (
+            ("train.method=head", "train.engine=features", "train.arguments.neftune_noise_alpha=5"),
+            "neftune_noise_alpha changes them",
+        ),
+        (("evaluate.data=held_out",), "set train.data.held_out"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused_by_the_recipe(root, overrides, said):
+    with pytest.raises(RecipeError, match=said):
+        plan(root, "dense", "train.data={{path: {root}/text.jsonl}}", *overrides)
+
+
+def test_augmentation_and_company_make_trainer_the_default_for_a_head(root):
+    labels = ("train.method=head", "train.data={root}/labels.jsonl")
+    engines = [
+        plan(root, "dense", *labels, *more).step("train").options["engine"]
+        for more in ((), ("train.trainable=[model.layers.1.*]",), ("train.arguments.neftune_noise_alpha=5",))
+    ]
+    assert engines == ["features", "trainer", "trainer"]
+
+
+def test_the_plan_itself_imports_neither_torch_nor_transformers(root):
+    """The one that is asked is a child; a recipe that trains on a quantized base is planned without them too."""
+    text = RECIPE.format(root=root, source=source(root, "gptq")).replace("lora,", "lora, base: source,")
+    (root / "r.yaml").write_text(text)
+    code = (
+        "import sys; from pathlib import Path; from pipeline.plan import make_plan; "
+        "from pipeline.recipe import load_recipe; make_plan(load_recipe(Path(sys.argv[1]))); "
+        "print({'torch', 'transformers', 'peft', 'prefect'} & sys.modules.keys())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(root / "r.yaml")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import Artifact, Store
 from pipeline.catalog import Format, format_of
 from pipeline.checkpoint import Checkpoint
+from pipeline.data_sources import localised, located
 from pipeline.digests import DigestCache
 from pipeline.manifest import Origin
 from pipeline.preflight import check, open_model
@@ -121,6 +121,7 @@ class _Builder:
     def __init__(self, recipe: Recipe, store: Store, sizes: Sizes, source_digest: str, cache: DigestCache) -> None:
         self._recipe, self._store, self._sizes, self._cache = recipe, store, sizes, cache
         self._fingerprints = {"source": source_digest}
+        self._places: dict[tuple[str, str], str] = {}
 
     def steps(self, until: str) -> Iterator[Step]:
         recipe = self._recipe
@@ -174,7 +175,7 @@ class _Builder:
             "seed": recipe.seed,
             "calibration": recipe.calibration.model_dump(include={"samples", "sequence_length"}),
         }
-        data = {"calibration": recipe.calibration_data} if recipe.calibrated else {}
+        data = {"calibration": self._here(recipe.calibration_data)} if recipe.calibrated else {}
         outputs = []
         for target in recipe.quantize:
             calibrated = target.format in recipe.CALIBRATED
@@ -198,15 +199,8 @@ class _Builder:
         references |= {target.variant: dense for target in self._recipe.quantize}
         inputs = {variant: variant for variant in ("dense", *references)}
         options = {"sequence_length": evaluate.sequence_length, "references": references}
-        memory = RUNTIME_BYTES + 2 * 4 * self._sizes.parameters
-        return self._step(
-            "evaluate",
-            inputs,
-            ["evaluation"],
-            options,
-            Needs(disk=10**5, memory=memory),
-            {"evaluation": data},
-        )
+        needs = Needs(disk=10**5, memory=RUNTIME_BYTES + 2 * 4 * self._sizes.parameters)
+        return self._step("evaluate", inputs, ["evaluation"], options, needs, {"evaluation": data})
 
     def _step(
         self,
@@ -217,9 +211,17 @@ class _Builder:
         needs: Needs,
         data: Mapping[str, Data] | None = None,
     ) -> Step:
-        outputs = [self._planned(stage, inputs, variant, options, data or {}) for variant in variants]
+        here = {role: self._here(rows) for role, rows in (data or {}).items()}
+        outputs = [self._planned(stage, inputs, variant, options, here) for variant in variants]
         timed = Needs(disk=needs.disk, memory=needs.memory, seconds=self._seconds(outputs))
-        return Step(stage=stage, inputs=inputs, outputs=tuple(outputs), data=data or {}, options=options, needs=timed)
+        return Step(stage=stage, inputs=inputs, outputs=tuple(outputs), data=here, options=options, needs=timed)
+
+    def _here(self, data: Data) -> Data:
+        """The rows by a path on this machine, asked for once: what is digested now is what the stages will read."""
+        key = (data.path, data.split)
+        if key not in self._places:
+            self._places[key] = localised(data).path
+        return data.model_copy(update={"path": self._places[key]})
 
     def _planned(
         self, stage: str, inputs: Mapping[str, str], variant: str, options: Mapping[str, Any], data: Mapping[str, Data]
@@ -230,7 +232,7 @@ class _Builder:
             stage_version=STAGE_VERSIONS[stage],
             options={**options, **kinds},
             parents={role: self._fingerprints[name] for role, name in inputs.items()},
-            data={role: self._cache.file(Path(rows.path)) for role, rows in data.items()},
+            data={role: self._cache.sequence(located(rows)) for role, rows in data.items()},
         )
         self._fingerprints[variant] = origin.fingerprint
         artifact = self._store.find(self._recipe.name, variant, origin.fingerprint)

@@ -74,7 +74,7 @@ def run(job: Job) -> Iterator[Output]:
         mixed=method.mixed and device == "cuda" and torch.cuda.is_bf16_supported(),
     )
     tokenizer = load_tokenizer(base.path, trust_remote_code=job.trust_remote_code)
-    sequences = encode(read_rows(job.data["train"]), tokenizer, sequence_length=job.options["sequence_length"])
+    sequences = encode(read_rows(job.data["train"]), tokenizer, sequence_length=job.options["sequence_length"]).items
     model = load_base(base, dtype=method.dtype(base, device), trust_remote_code=job.trust_remote_code)
     model = method.prepare(model, base, job.options)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked, so any id will do

@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pipeline.cache import cache_folder
 from pipeline.cgroup import cores
 from pipeline.headers import TensorInfo, read_header
 
@@ -68,7 +69,7 @@ class DigestCache:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._path = path or _cache_folder() / "digests.json"
+        self._path = path or cache_folder() / "digests.json"
         try:
             self._known: dict[str, list[Any]] = json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -92,6 +93,11 @@ class DigestCache:
         """The digest of several files of a folder, by their names and contents."""
         return content_digest({name: self.file(folder / name) for name in names})
 
+    def sequence(self, paths: Sequence[Path]) -> str:
+        """The digest of several files' contents, in order and whatever their names; of one file, that file's own."""
+        digests = [self.file(path) for path in paths]
+        return digests[0] if len(digests) == 1 else digest_value(digests)
+
     def save(self) -> None:
         """Keep what was learnt; a cache folder that cannot be written is no error."""
         if not self._changed:
@@ -110,8 +116,3 @@ class DigestCache:
 def content_digest(files: Mapping[str, str]) -> str:
     """The digest of a folder's content: its file names and their digests."""
     return digest_value(sorted(files.items()))
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("REQUANT_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache") / "requant"

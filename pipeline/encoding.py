@@ -10,37 +10,53 @@ from __future__ import annotations
 
 import itertools
 import random
-import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Generic, Literal, TypeVar
 
-import jinja2
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pipeline import progress
+from pipeline.chat import chat_tokens
 from pipeline.errors import CheckpointError, DataError
-from pipeline.rows import Completion, Conversation, Row, Text
+from pipeline.packing import best_fit
+from pipeline.row_kinds import Completion, Conversation, Row, Text, kind_of, texts_of
+
+TooLong = Literal["refuse", "drop"]
+Item = TypeVar("Item")
 
 IGNORED = -100
 _BATCH = 256  # documents handed to the tokenizer at once; it encodes them in parallel
 _POOL = 8  # blocks read for each calibration sample wanted: a choice, without encoding a large file whole
-# The tag of transformers' chat templates that marks what the assistant says.
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequence:
-    """Token ids, and for each the label it is judged by: the id itself, or -100 where it is not judged."""
+    """Token ids, and for each the label it is judged by: the id itself, or -100 where it is not judged.
+
+    `position_ids` are those of rows that share a sequence: they begin at 0 in each, by which transformers' attention
+    masks tell them apart.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    position_ids: list[int] | None = None
 
     @property
     def judged(self) -> int:
         """Tokens that count for the loss; the first has nothing before it to be predicted from."""
         return sum(label != IGNORED for label in self.labels[1:])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded(Generic[Item]):
+    """What rows became; how many were dropped as too long, and the tokens of the longest, dropped ones included."""
+
+    items: list[Item]
+    dropped: int
+    longest: int
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -55,12 +71,20 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokeni
         ) from error
 
 
-def encode(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, sequence_length: int) -> list[Sequence]:
-    """Sequences of at most `sequence_length` tokens.
+def encode(
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    too_long: TooLong = "refuse",
+    packing: bool = False,
+) -> Encoded[Sequence]:
+    """Sequences of at most `sequence_length` tokens, for a language model.
 
-    Documents are packed: every block but the last is full, and a last block of one token, which nothing can be
-    predicted in, is dropped. Conversations and completions are one sequence each, in order; one that is longer than
-    `sequence_length`, or in which nothing is judged, raises DataError: neither is ever cut.
+    Documents are joined and cut into blocks: every block but the last is full, and a last block of one token, which
+    nothing can be predicted in, is dropped. Conversations and completions are one sequence each, in order, or with
+    `packing` share sequences, each blind to the others. None is ever cut: one that is too long is dropped or raises
+    DataError, as does one in which nothing is judged.
     """
     rows = iter(rows)
     first = next(rows, None)
@@ -68,8 +92,33 @@ def encode(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, sequence_
         raise DataError("the data holds no rows; name a file with at least one")
     rows = itertools.chain([first], rows)
     if isinstance(first, Text):
-        return _blocks(_document_tokens(_texts(rows), tokenizer), sequence_length)
-    return [_within(row, encode_row(row, tokenizer), sequence_length) for row in rows]
+        blocks = _blocks(_document_tokens(_texts(rows), tokenizer), sequence_length)
+        return Encoded(items=blocks, dropped=0, longest=len(blocks[0].input_ids))
+    encoded = fitting(_learned(rows, tokenizer, sequence_length), sequence_length=sequence_length, too_long=too_long)
+    return replace(encoded, items=_packed(encoded.items, sequence_length)) if packing else encoded
+
+
+def fitting(encoded: Iterable[tuple[str, int, Item]], *, sequence_length: int, too_long: TooLong) -> Encoded[Item]:
+    """The items (place, tokens, item) that fit; the others are counted, then dropped, or refused by a DataError."""
+    items: list[Item] = []
+    dropped = longest = 0
+    where = ""
+    for place, tokens, item in encoded:
+        if tokens > longest:
+            longest, where = tokens, place
+        if tokens <= sequence_length:
+            items.append(item)
+        else:
+            dropped += 1
+    rows = f"{dropped} of {len(items) + dropped} rows are longer"
+    if dropped and (too_long == "refuse" or not items):
+        remedy = "raise sequence_length, shorten them" + (", or set too_long to drop" if items else "")
+        raise DataError(f"{where}: has {longest} tokens, the limit is {sequence_length}; {rows}; {remedy}")
+    if dropped:
+        progress.message(
+            "data", f"drops rows: {rows} than {sequence_length} tokens; the longest, {where}, has {longest}"
+        )
+    return Encoded(items=items, dropped=dropped, longest=longest)
 
 
 def encode_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> Sequence:
@@ -82,20 +131,32 @@ def encode_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> Sequence:
             return _conversation(row, tokenizer)
         case Completion():
             return _completion(row, tokenizer)
+        case _:
+            raise DataError(
+                f"{row.place}: is {kind_of(row)}, which a language model does not learn from; set data.format to text, "
+                "or train a head or a projector"
+            )
 
 
 def padded(batch: list[Sequence], *, pad_token: int) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, each int64 [B, T], padded on the right to the longest sequence."""
+    """`input_ids` and `labels`, each int64 [B, T], padded on the right to the longest sequence, and `attention_mask`.
+
+    Where rows share sequences there are `position_ids` instead of the mask: transformers tells rows apart only without
+    a mask and with use_cache=False, which Trainer sets. The padding is then a row of its own, which no other sees.
+    """
     length = max(len(sequence.input_ids) for sequence in batch)
 
     def filled(rows: list[list[int]], filler: int) -> torch.Tensor:
         return torch.tensor([[*row, *[filler] * (length - len(row))] for row in rows], dtype=torch.int64)
 
-    return {
-        "input_ids": filled([sequence.input_ids for sequence in batch], pad_token),
-        "attention_mask": filled([[1] * len(sequence.input_ids) for sequence in batch], 0),
-        "labels": filled([sequence.labels for sequence in batch], IGNORED),
-    }
+    ids = filled([sequence.input_ids for sequence in batch], pad_token)
+    labels = filled([sequence.labels for sequence in batch], IGNORED)
+    if all(sequence.position_ids is None for sequence in batch):
+        mask = filled([[1] * len(sequence.input_ids) for sequence in batch], 0)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    positions = [sequence.position_ids or list(range(len(sequence.input_ids))) for sequence in batch]
+    restarted = [[*row, *range(length - len(row))] for row in positions]
+    return {"input_ids": ids, "position_ids": torch.tensor(restarted, dtype=torch.int64), "labels": labels}
 
 
 def calibration_samples(
@@ -131,11 +192,11 @@ def _texts(rows: Iterable[Row]) -> Iterator[str]:
 def _row_tokens(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
     """The tokens of every row, joined."""
     rows = list(rows)
-    if all(isinstance(row, Text) for row in rows):
-        yield from _document_tokens(_texts(rows), tokenizer)
-        return
-    for row in rows:  # a conversation and a completion bring their own end
-        yield from encode_row(row, tokenizer).input_ids
+    if rows and isinstance(rows[0], (Conversation, Completion)):
+        for row in rows:  # a conversation and a completion bring their own end
+            yield from encode_row(row, tokenizer).input_ids
+    else:
+        yield from _document_tokens((text for row in rows for text in texts_of(row)), tokenizer)
 
 
 def _document_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
@@ -171,57 +232,8 @@ def _blocks(tokens: Iterator[int], length: int) -> list[Sequence]:
 
 
 def _conversation(row: Conversation, tokenizer: PreTrainedTokenizerBase) -> Sequence:
-    messages = [{"role": message.role, "content": message.content} for message in row.messages]
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"{row.place}: messages need a chat template, which the tokenizer lacks; add chat_template.jinja to the "
-            "source, or write prompt and completion instead"
-        )
-    if _GENERATION.search(str(tokenizer.get_chat_template())):
-        encoded = _template(
-            row, tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-    else:
-        ids, mask = _masked_by_prefix(row, tokenizer, messages)
-    return Sequence(
-        input_ids=list(ids), labels=[token if said else IGNORED for token, said in zip(ids, mask, strict=True)]
-    )
-
-
-def _masked_by_prefix(
-    row: Conversation, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
-) -> tuple[list[int], list[bool]]:
-    """Ids, and which of them the assistant says: what the template adds to what came before each of its turns."""
-    whole = _template(row, tokenizer, messages, tokenize=False)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = _template(row, tokenizer, messages[:i], tokenize=False, add_generation_prompt=True)
-            after = _template(row, tokenizer, messages[: i + 1], tokenize=False)
-            if not (whole.startswith(after) and after.startswith(before)):
-                raise DataError(
-                    f"{row.place}: the chat template renders message {i + 1} differently once more messages follow, so "
-                    "the assistant's tokens cannot be told apart; mark them in the template with "
-                    "{% generation %}, or end the conversation at its first assistant turn"
-                )
-            spans.append((len(before), len(after)))
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    # A token that straddles the border, such as a space and a word, is the assistant's: its word must be learned.
-    said = [any(start < last and first < end for first, last in spans) for start, end in encoded["offset_mapping"]]
-    return encoded["input_ids"], said
-
-
-def _template(
-    row: Conversation, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: bool
-) -> Any:
-    """What the chat template makes of `messages`; `options` are apply_chat_template's switches."""
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except (jinja2.TemplateError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{row.place}: the chat template refuses it ({error}); mind the order of roles that it expects"
-        ) from error
+    ids, said = chat_tokens(row, tokenizer)
+    return Sequence(input_ids=ids, labels=[token if each else IGNORED for token, each in zip(ids, said, strict=True)])
 
 
 def _completion(row: Completion, tokenizer: PreTrainedTokenizerBase) -> Sequence:
@@ -239,12 +251,26 @@ def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _within(row: Row, sequence: Sequence, limit: int) -> Sequence:
-    if len(sequence.input_ids) > limit:
-        raise DataError(
-            f"{row.place}: has {len(sequence.input_ids)} tokens, the limit is {limit}; raise sequence_length "
-            "or shorten the row"
-        )
-    if sequence.judged == 0:
-        raise DataError(f"{row.place}: no token of it is learned from; give the assistant something to say")
-    return sequence
+def _learned(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, limit: int
+) -> Iterator[tuple[str, int, Sequence]]:
+    for row in rows:
+        sequence = encode_row(row, tokenizer)
+        tokens = len(sequence.input_ids)
+        if tokens <= limit and sequence.judged == 0:
+            raise DataError(f"{row.place}: no token of it is learned from; give the assistant something to say")
+        yield row.place, tokens, sequence
+
+
+def _packed(sequences: list[Sequence], capacity: int) -> list[Sequence]:
+    lengths = [len(sequence.input_ids) for sequence in sequences]
+    return [_joined([sequences[i] for i in together]) for together in best_fit(lengths, capacity)]
+
+
+def _joined(rows: list[Sequence]) -> Sequence:
+    """Rows in one sequence. The first label of each is not judged: what stands before it is another row's end."""
+    return Sequence(
+        input_ids=[token for row in rows for token in row.input_ids],
+        labels=[label for row in rows for label in (IGNORED, *row.labels[1:])],
+        position_ids=[position for row in rows for position in range(len(row.input_ids))],
+    )

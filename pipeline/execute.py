@@ -139,9 +139,12 @@ def _task(plan: Plan, step: Step, workspace: Path) -> Work:
     options = dict(step.options)
     if step.targets:
         options["targets"] = [target.model_dump() for target in step.targets if target.variant in origins]
-    data = {role: rows.model_copy(update={"path": str(Path(rows.path).resolve())}) for role, rows in step.data.items()}
     job = Job(
-        inputs=inputs, options=options, workspace=workspace, data=data, trust_remote_code=plan.recipe.trust_remote_code
+        inputs=inputs,
+        options=options,
+        workspace=workspace,
+        data=step.data,
+        trust_remote_code=plan.recipe.trust_remote_code,
     )
     return Work(stage=step.stage, job=job, store=plan.store.root, name=name, origins=origins, parents=parents)
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import Store
+from pipeline.data_sources import localised, located
 from pipeline.digests import DigestCache
 from pipeline.manifest import Origin
 from pipeline.recipe import Recipe
@@ -39,6 +39,7 @@ class Graph:
     ) -> None:  # fmt: skip
         self._recipe, self._store, self._sizes, self._cache = recipe, store, sizes, cache
         self._kind, self._classifier = kind, classifier
+        self._places: dict[tuple[str, str], str] = {}
         self._fingerprints = {"source": source_digest}
         given = recipe.train.base
         self._base = "dense" if given == "source" and not quantized else given
@@ -159,7 +160,7 @@ class Graph:
             "calibration": recipe.calibration.model_dump(include={"samples", "sequence_length"}),
         }
         calibrated = {target.variant for target in targets if target.format in recipe.CALIBRATED}
-        data = {"calibration": recipe.calibration_data} if calibrated else {}
+        data = {"calibration": self._here(recipe.calibration_data)} if calibrated else {}
         outputs = []
         for target in targets:
             known = target.variant in calibrated
@@ -201,12 +202,20 @@ class Graph:
         data: Mapping[str, Data] | None = None,
         name: str | None = None,
     ) -> Step:
-        output = self._planned(stage, inputs, variant, options, data or {})
+        here = {role: self._here(rows) for role, rows in (data or {}).items()}
+        output = self._planned(stage, inputs, variant, options, here)
         timed = replace(needs, seconds=self._seconds([output]))
         return Step(
-            name=name or stage, stage=stage, inputs=inputs, outputs=(output,), data=data or {}, options=options,
+            name=name or stage, stage=stage, inputs=inputs, outputs=(output,), data=here, options=options,
             needs=timed,
         )  # fmt: skip
+
+    def _here(self, data: Data) -> Data:
+        """The rows by a path on this machine, asked for once: what is digested now is what the stages will read."""
+        key = (data.path, data.split)
+        if key not in self._places:
+            self._places[key] = localised(data).path
+        return data.model_copy(update={"path": self._places[key]})
 
     def _planned(
         self, stage: str, inputs: Mapping[str, str], variant: str, options: Mapping[str, Any], data: Mapping[str, Data]
@@ -217,7 +226,7 @@ class Graph:
             stage_version=STAGE_VERSIONS[stage],
             options={**options, **kinds},
             parents={role: self._fingerprints[name] for role, name in inputs.items()},
-            data={role: self._cache.file(Path(rows.path)) for role, rows in data.items()},
+            data={role: self._cache.sequence(located(rows)) for role, rows in data.items()},
         )
         self._fingerprints[variant] = origin.fingerprint
         artifact = self._store.find(self._recipe.name, variant, origin.fingerprint)

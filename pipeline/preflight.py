@@ -42,6 +42,8 @@ def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> Kind | None:
         check_arguments(recipe.train.arguments, recipe.train.lora)
         check_training(recipe, source)
     files = {"train.data": recipe.train.data if recipe.train.method != "none" else None}
+    if recipe.train.method != "none" and recipe.train.data and recipe.train.data.validation:
+        files["train.data, the part validation"] = recipe.train.data.model_copy(update={"part": "validation"})
     files["calibration.data"] = recipe.calibration_data if recipe.calibrated else None
     files["evaluate.data"] = recipe.evaluation_data
     kinds = {key: check_rows(data, limit=ROWS_CHECKED) for key, data in files.items() if data}

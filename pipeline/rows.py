@@ -1,81 +1,73 @@
-"""Rows of a data file, read and checked: documents, conversations, or prompts with completions.
+"""Rows of the data, read and checked: how a row's kind is told from its fields, and what each field may hold.
 
-The suffix says how a file lies on disk: `.jsonl` (one JSON object a line), `.csv` (with a header line), `.parquet`, or
-`.txt`, where the whole file is one document. Every error names the file and the line (Parquet: the row), from one.
+Every error names the file and the line (Parquet: the row), from one.
 """
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DataError, MissingLibrary
+from pipeline.data_files import read_fields
+from pipeline.data_sources import located
+from pipeline.errors import DataError
+from pipeline.fields import Fields, field, filled, listed, many, string, type_of
+from pipeline.row_kinds import (
+    Completion,
+    Conversation,
+    Labelled,
+    Message,
+    Pair,
+    Row,
+    Tagged,
+    Text,
+    kind_of,
+)
 from pipeline.sections import Data, Kind
+from pipeline.split import part_of, share_of
+
+__all__ = [
+    "Completion", "Conversation", "Labelled", "Message", "Pair", "Row", "Tagged", "Text", "check_rows", "kind_of",
+    "lacks_chat_template", "read_rows",
+]  # fmt: skip
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
-    """A document; `place` says where it stands in its file, for errors."""
-
-    place: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conversation:
-    """Turns, at least one of them the assistant's."""
-
-    place: str
-    messages: tuple[Message, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """A prompt and what should follow it."""
-
-    place: str
-    prompt: str
-    completion: str
-
-
-Row = Text | Conversation | Completion
-Fields = Mapping[str, Any]
+# The words that Stanford's Alpaca was trained with, and every data set of that shape since.
+_ALPACA = (
+    "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:"
+)
 
 
 def read_rows(data: Data) -> Iterator[Row]:
-    """Every row of the file, one at a time; raise DataError at the first that is wrong, and for a file without rows."""
-    path = Path(data.path)
-    read = _reader(path)
-    found = False
-    kind: Kind | None = None if data.format == "auto" else data.format
-    for place, fields in read(path, data):
-        found = True
-        kind = kind or _kind_of(place, fields, data)
-        yield _PARSERS[kind](place, fields, data)
-    if not found:
-        raise DataError(f"{path}: holds no rows; name a file with at least one")
+    """Every row of `data.part`, one at a time; raise DataError at the first that is wrong, and where there is none."""
+    read = taken = 0
+    for row in _all_rows(data):
+        read += 1
+        if _is_taken(row, data):
+            taken += 1
+            yield row
+    _require(data, read, taken)
 
 
 def check_rows(data: Data, *, limit: int | None) -> Kind:
-    """Check the first `limit` rows (None: all) and say what they are; raise DataError where one is wrong."""
+    """The kind of the first `limit` rows (None: all), of whatever part, each of them checked.
+
+    Raise DataError where one is wrong, or where they are all there is and none of them belongs to `data.part`.
+    """
     kind: Kind = "text"
-    for row in itertools.islice(read_rows(data), limit):
-        kind = _KINDS[type(row)]
+    read = taken = 0
+    for row in itertools.islice(_all_rows(data), limit):
+        kind = kind_of(row)
+        read += 1
+        taken += _is_taken(row, data)
+    if limit is None or read < limit:
+        _require(data, read, taken)
     return kind
 
 
@@ -92,111 +84,70 @@ def lacks_chat_template(folder: Path) -> bool:
     return not (isinstance(config, dict) and config.get("chat_template"))
 
 
-def _reader(path: Path) -> Callable[[Path, Data], Iterator[tuple[str, Fields]]]:
-    if not path.exists():
-        raise DataError(f"{path}: no such file; name a JSONL, CSV, Parquet or text file")
-    if not path.is_file():
-        raise DataError(f"{path}: is a folder; name one file of rows")
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: suffix {path.suffix or '(none)'} is unknown; the known ones are {', '.join(READERS)}")
-    return reader
+def _all_rows(data: Data) -> Iterator[Row]:
+    """Every row of every file; all of one kind, and their labels of one type."""
+    kind: Kind | None = None if data.format == "auto" else data.format
+    first_place, first_type = "", None
+    for path in located(data):
+        for number, (place, fields) in enumerate(read_fields(path, text_field=data.field)):
+            if data.format == "auto" and number == 0:
+                found = _kind_of_fields(place, fields, data)
+                if kind not in {None, found}:
+                    raise DataError(
+                        f"{place}: is {found}, where {first_place} is {kind}; keep rows of one kind together"
+                    )
+                kind = found
+            assert kind
+            row = _PARSERS[kind](place, fields, data)
+            type_ = _label_type(kind, fields, data)
+            if first_place and type_ != first_type:
+                raise DataError(f"{place}: its label is {type_}, where {first_place} has {first_type}; write all alike")
+            first_place, first_type = first_place or place, type_
+            yield row
 
 
-def _jsonl(path: Path, _: Data) -> Iterator[tuple[str, Fields]]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue  # editors leave empty lines, above all at the end
-        place = f"{path} line {number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise DataError(f"{place}: is not JSON ({reason}); write one JSON object a line") from error
-        if not isinstance(value, dict):
-            raise DataError(f"{place}: holds {_name(value)}, expected an object such as {{'text': …}}")
-        yield place, value
+def _is_taken(row: Row, data: Data) -> bool:
+    if not (data.held_out or data.validation):
+        return data.part == "train"
+    content = asdict(row)
+    del content["place"]
+    if kind_of(row) == "classification":
+        content["label"] = str(content["label"])  # the same row in CSV and in JSON
+    return part_of(content, data) == data.part
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
-            for line in file:
-                number += 1
-                yield number, line
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text after line {number}; convert it to UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; name a readable file") from error
+def _require(data: Data, read: int, taken: int) -> None:
+    if not read:
+        raise DataError(f"{data.path}: holds no rows; name a file with at least one")
+    if not taken:
+        raise DataError(
+            f"{data.path}: none of its {read} rows belongs to the part {data.part}, whose share is "
+            f"{share_of(data):g}; give more rows, or set data.held_out and data.validation otherwise"
+        )
 
 
-def _csv(path: Path, _: Data) -> Iterator[tuple[str, Fields]]:
-    csv.field_size_limit(2**31 - 1)  # the library's own limit, 131,072 characters, is less than a long document
-    reader = csv.DictReader(line for _, line in _lines(path))
-    try:
-        for fields in reader:
-            place = f"{path} line {reader.line_num}"
-            if None in fields:
-                raise DataError(f"{place}: has more cells than the header line; quote cells that hold commas")
-            yield place, fields
-    except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num}: is not CSV ({error}); quote the cell") from error
-
-
-def _parquet(path: Path, _: Data) -> Iterator[tuple[str, Fields]]:
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingLibrary(f"{path}: Parquet needs pyarrow; run pip install 'requant[parquet]'") from error
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", fields
-    except (pa.ArrowException, OSError) as error:
-        said = str(error).splitlines()[0]
-        raise DataError(f"{path}: cannot be read as Parquet after row {number} ({said}); write it again") from error
-
-
-def _txt(path: Path, data: Data) -> Iterator[tuple[str, Fields]]:
-    text = "".join(line for _, line in _lines(path))
-    if text.strip():
-        yield str(path), {data.field: text}
-
-
-READERS: dict[str, Callable[[Path, Data], Iterator[tuple[str, Fields]]]] = {
-    ".jsonl": _jsonl,
-    ".csv": _csv,
-    ".parquet": _parquet,
-    ".txt": _txt,
-}
-
-
-def _kind_of(place: str, fields: Fields, data: Data) -> Kind:
-    if "messages" in fields:
-        return "messages"
-    if "prompt" in fields and "completion" in fields:
-        return "prompt_completion"
+def _kind_of_fields(place: str, fields: Fields, data: Data) -> Kind:
+    for kind, names in _SIGNS.items():
+        if all(name in fields for name in names):
+            return kind
     if data.field in fields:
+        if data.label in fields:
+            return "regression" if isinstance(fields[data.label], float) else "classification"
         return "text"
     raise DataError(
-        f"{place}: has the fields {_listed(fields)}, expected messages, prompt and completion, or {data.field}; "
-        "name the text's field with data.field"
+        f"{place}: has the fields {listed(fields)}, expected messages, prompt and completion, instruction and output, "
+        f"anchor and positive, tokens and tags, or {data.field}; name the text's field with data.field"
     )
 
 
 def _text(place: str, fields: Fields, data: Data) -> Text:
-    return Text(place=place, text=_string(place, fields, data.field))
+    return Text(place=place, text=string(place, fields, data.field))
 
 
 def _conversation(place: str, fields: Fields, _: Data) -> Conversation:
-    messages = _field(place, fields, "messages")
+    messages = field(place, fields, "messages")
     if not isinstance(messages, list):
-        raise DataError(f"{place}: messages is {_name(messages)}, expected a list of objects with role and content")
+        raise DataError(f"{place}: messages is {type_of(messages)}, expected a list of objects with role and content")
     if not messages:
         raise DataError(f"{place}: messages is empty; give at least a user's and an assistant's turn")
     turns = tuple(_message(f"{place}, message {i}", message) for i, message in enumerate(messages, start=1))
@@ -207,46 +158,99 @@ def _conversation(place: str, fields: Fields, _: Data) -> Conversation:
 
 def _message(place: str, message: Any) -> Message:
     if not isinstance(message, dict):
-        raise DataError(f"{place}: is {_name(message)}, expected an object with role and content")
-    role = _string(place, message, "role")
+        raise DataError(f"{place}: is {type_of(message)}, expected an object with role and content")
+    role = string(place, message, "role")
     if role not in ROLES:
         raise DataError(f"{place}: role is {role!r}, expected one of {', '.join(ROLES)}")
-    return Message(role=role, content=_string(place, message, "content"))
+    return Message(role=role, content=string(place, message, "content"))
 
 
 def _completion(place: str, fields: Fields, _: Data) -> Completion:
-    prompt, completion = _string(place, fields, "prompt"), _string(place, fields, "completion")
+    prompt, completion = string(place, fields, "prompt"), string(place, fields, "completion")
     if not completion:
         raise DataError(f"{place}: completion is empty, so there is nothing to learn; fill it or remove the row")
     return Completion(place=place, prompt=prompt, completion=completion)
 
 
+def _alpaca(place: str, fields: Fields, _: Data) -> Completion:
+    instruction, output = filled(place, fields, "instruction"), filled(place, fields, "output")
+    given = string(place, fields, "input") if fields.get("input") is not None else ""
+    prompt = _ALPACA.format(
+        instruction=instruction,
+        more=", paired with an input that provides further context" if given else "",
+        input=f"### Input:\n{given}\n\n" if given else "",
+    )
+    return Completion(place=place, prompt=prompt, completion=output)
+
+
+def _classified(place: str, fields: Fields, data: Data) -> Labelled:
+    label = field(place, fields, data.label)
+    if isinstance(label, str):
+        label = filled(place, fields, data.label)
+    elif not isinstance(label, (int, bool)):
+        found = f"the number {label}" if isinstance(label, float) else type_of(label)
+        raise DataError(
+            f"{place}: {data.label} is {found}, expected text, a whole number or true/false; "
+            "set data.format to regression where labels are measured"
+        )
+    return Labelled(place=place, text=filled(place, fields, data.field), label=label)
+
+
+def _measured(place: str, fields: Fields, data: Data) -> Labelled:
+    value = field(place, fields, data.label)
+    try:
+        label = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        label = math.nan
+    if not math.isfinite(label):
+        found = repr(value) if isinstance(value, (str, float)) else type_of(value)
+        raise DataError(f"{place}: {data.label} is {found}, expected a finite number; correct it or remove the row")
+    return Labelled(place=place, text=filled(place, fields, data.field), label=label)
+
+
+def _tagged(place: str, fields: Fields, _: Data) -> Tagged:
+    tokens, tags = many(place, fields, "tokens"), many(place, fields, "tags")
+    if len(tokens) != len(tags):
+        raise DataError(f"{place}: has {len(tokens)} tokens but {len(tags)} tags; give each token one")
+    for number, (token, tag) in enumerate(zip(tokens, tags, strict=True), start=1):
+        if not isinstance(token, str) or not token.strip():
+            raise DataError(f"{place}: token {number} is {token!r}, expected text that is not empty; remove it")
+        if type(tag) is not type(tags[0]) or type(tag) not in {str, int} or tag == "":
+            raise DataError(f"{place}: tag {number} is {tag!r}, expected text, or whole numbers throughout; correct it")
+    return Tagged(place=place, tokens=tuple(tokens), tags=tuple(str(tag) for tag in tags))
+
+
+def _pair(place: str, fields: Fields, _: Data) -> Pair:
+    # A missing cell of a CSV is empty, a missing value of Parquet null.
+    negative = fields.get("negative")
+    if negative is not None and negative != "":
+        negative = filled(place, fields, "negative")
+    anchor, positive = filled(place, fields, "anchor"), filled(place, fields, "positive")
+    return Pair(place=place, anchor=anchor, positive=positive, negative=negative or None)
+
+
+def _label_type(kind: Kind, fields: Fields, data: Data) -> str | None:
+    """What type the row's label has, where it has one."""
+    if kind == "tagged":
+        return type_of(fields["tags"][0])
+    return type_of(fields[data.label]) if kind in {"classification", "regression"} else None
+
+
+# Fields that a kind is known by; the first kind whose fields a row has is the row's.
+_SIGNS: dict[Kind, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "pairs": ("anchor", "positive"),
+    "tagged": ("tokens", "tags"),
+}
 _PARSERS: dict[Kind, Callable[[str, Fields, Data], Row]] = {
     "text": _text,
     "messages": _conversation,
     "prompt_completion": _completion,
+    "alpaca": _alpaca,
+    "classification": _classified,
+    "regression": _measured,
+    "tagged": _tagged,
+    "pairs": _pair,
 }
-_KINDS: dict[type[Row], Kind] = {Text: "text", Conversation: "messages", Completion: "prompt_completion"}
-
-
-def _field(place: str, fields: Fields, name: str) -> Any:
-    if name not in fields:
-        raise DataError(f"{place}: has no field {name}, found {_listed(fields)}; every row needs it")
-    return fields[name]
-
-
-def _string(place: str, fields: Fields, name: str) -> str:
-    value = _field(place, fields, name)
-    if not isinstance(value, str):
-        raise DataError(f"{place}: {name} is {_name(value)}, expected text")
-    return value
-
-
-def _listed(fields: Fields) -> str:
-    return ", ".join(str(name) for name in fields) or "none"
-
-
-def _name(value: Any) -> str:
-    """What JSON calls a value's type."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)

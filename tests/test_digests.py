@@ -55,3 +55,13 @@ def test_a_damaged_or_unwritable_cache_costs_time_only(tmp_path):
 def test_a_folder_is_its_names_and_contents():
     assert content_digest({"a": "1", "b": "2"}) == content_digest({"b": "2", "a": "1"})
     assert content_digest({"a": "1"}) != content_digest({"b": "1"})
+
+
+def test_several_files_are_their_contents_in_order_and_one_is_itself(tmp_path):
+    for name, content in (("a", "1"), ("b", "2"), ("c", "1")):
+        (tmp_path / name).write_text(content)
+    cache = DigestCache(tmp_path / "digests.json")
+    a, b, c = (tmp_path / name for name in "abc")
+    assert cache.sequence([a]) == cache.file(a)
+    assert cache.sequence([a, b]) == cache.sequence([c, b])
+    assert len({cache.sequence([a, b]), cache.sequence([b, a]), cache.sequence([a]), cache.sequence([a, c])}) == 4

@@ -163,6 +163,43 @@ def test_changed_data_is_named_as_the_reason(root, tmp_path):
     assert plan.steps[-1].outputs[0].reason == "evaluation data changed"
 
 
+def test_a_folder_of_data_is_the_content_of_its_files_in_order_whatever_their_names(root, tmp_path, monkeypatch):
+    lines = (root / "train.jsonl").read_text().splitlines(keepends=True)
+    monkeypatch.chdir(tmp_path)
+    for folder, names in (("one", "ab"), ("two", "yz"), ("turned", "ba")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{names[0]}.jsonl").write_text("".join(lines[:5]))
+        (tmp_path / folder / f"{names[1]}.jsonl").write_text("".join(lines[5:]))
+    one, two, globbed, turned = (
+        planned(root, f"train.data={path}").step("train") for path in ("one", "two", "one/*.jsonl", "turned")
+    )
+    assert one.outputs[0].origin == two.outputs[0].origin == globbed.outputs[0].origin
+    assert one.outputs[0].origin.data != turned.outputs[0].origin.data
+    assert one.data["train"].path == str(tmp_path / "one")
+    assert globbed.data["train"].path == str(tmp_path / "one" / "*.jsonl")
+
+
+def test_what_a_plan_digested_is_what_its_steps_read_even_if_it_changes_elsewhere(root, tmp_path):
+    url = f"file://{tmp_path}/train.jsonl"
+    (tmp_path / "train.jsonl").write_bytes((root / "train.jsonl").read_bytes())
+    plan = planned(root, f"train.data={url}")
+    (tmp_path / "train.jsonl").write_text('{"text": "other"}\n')
+    taken = plan.step("train").data["train"].path
+    assert Path(taken).read_bytes() == (root / "train.jsonl").read_bytes()
+    assert fingerprints(plan) == fingerprints(planned(root))
+
+
+def test_the_parts_of_the_data_are_checked_before_anything_runs(root):
+    rows = f"{{path: {root}/train.jsonl, held_out: 0.5, validation: 0.25}}"
+    plan = planned(root, f"train.data={rows}", "evaluate.data=held_out")
+    assert plan.step("train").data["train"].part == "train"
+    assert plan.step("evaluate").data["evaluation"].part == "held_out"
+    for share, part in (("held_out: 0.0001", "held_out"), ("held_out: 0.5, validation: 0.0001", "validation")):
+        rows = f"{{path: {root}/train.jsonl, {share}}}"
+        with pytest.raises(DataError, match=f"none of its 20 rows belongs to the part {part}, whose share is 0.0001"):
+            planned(root, f"train.data={rows}", "evaluate.data=held_out")
+
+
 def test_a_lost_ingredient_is_not_made_again_for_results_that_are_there(root, tmp_path):
     commit_all(planned(root, f"store={tmp_path / 's'}"), without={"dense", "adapter"})
     plan = planned(root, f"store={tmp_path / 's'}")

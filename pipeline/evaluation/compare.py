@@ -21,7 +21,7 @@ LOGIT_BYTES = 2**26  # float32 logits of one batch
 def compare(task: Comparison) -> Scores:
     """Load both models from their folders and count every token; raise NonFinite where the reference is broken."""
     tokenizer = load_tokenizer(task.path, trust_remote_code=task.trust_remote_code)
-    sequences = encode(read_rows(task.data), tokenizer, sequence_length=task.sequence_length)
+    sequences = encode(read_rows(task.data), tokenizer, sequence_length=task.sequence_length).items
     model = load_model(task.path, trust_remote_code=task.trust_remote_code)
     other = load_model(task.reference_path, trust_remote_code=task.trust_remote_code) if task.reference_path else None
     totals, reference = _run(task, model, other, sequences)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.checkpoint import Checkpoint, copy_companions
-from pipeline.encoding import encode, load_tokenizer
+from pipeline.encoding import encode, load_tokenizer, padded
 from pipeline.rows import read_rows
 from pipeline.stages import Job, Output
-from pipeline.training import full, lora
+from pipeline.stages.launched import is_launched, run_launched
+from pipeline.training import full, lora, processes
 from pipeline.training.arguments import training_arguments
+from pipeline.training.checks import Expectation
 from pipeline.training.model import load_base, open_dense
-from pipeline.training.trainer import Trained, train
+from pipeline.training.trainer import Course, Trained, train
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,7 @@ class _Method:
     dtype: Callable[[Checkpoint, str], torch.dtype]
     prepare: Callable[[Any, Checkpoint, Mapping[str, Any]], Any]
     write: Callable[[Any, Checkpoint, Path], None]
+    trains: Callable[[str], bool]
 
 
 def _prepare_lora(model: Any, base: Checkpoint, options: Mapping[str, Any]) -> Any:
@@ -53,12 +57,34 @@ def _write_full(model: Any, base: Checkpoint, folder: Path) -> None:
 
 
 METHODS: Mapping[str, _Method] = {
-    "lora": _Method(variant="adapter", mixed=False, dtype=lora.base_dtype, prepare=_prepare_lora, write=_write_lora),
-    "full": _Method(variant="tuned", mixed=True, dtype=full.master_dtype, prepare=_prepare_full, write=_write_full),
+    "lora": _Method(
+        variant="adapter",
+        mixed=False,
+        dtype=lora.base_dtype,
+        prepare=_prepare_lora,
+        write=_write_lora,
+        trains=lora.is_adapter,
+    ),
+    "full": _Method(
+        variant="tuned",
+        mixed=True,
+        dtype=full.master_dtype,
+        prepare=_prepare_full,
+        write=_write_full,
+        trains=lambda _: True,
+    ),
 }
 
 
 def run(job: Job) -> Iterator[Output]:
+    """Train, in this process or in as many as the recipe's launcher says."""
+    if is_launched(job):
+        yield from run_launched("pipeline.stages.train:run_here", job)
+    else:
+        yield from run_here(job)
+
+
+def run_here(job: Job) -> Iterator[Output]:
     """Train `job.inputs["base"]`, dense, on `job.data["train"]`: one output, called adapter (lora) or tuned (full).
 
     `job.options`: method, sequence_length, lora, arguments, seed. What a kill leaves in `job.workspace/checkpoints` is
@@ -75,12 +101,23 @@ def run(job: Job) -> Iterator[Output]:
     )
     tokenizer = load_tokenizer(base.path, trust_remote_code=job.trust_remote_code)
     sequences = encode(read_rows(job.data["train"]), tokenizer, sequence_length=job.options["sequence_length"])
-    model = load_base(base, dtype=method.dtype(base, device), trust_remote_code=job.trust_remote_code)
-    model = method.prepare(model, base, job.options)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked, so any id will do
-    trained = train(model, sequences, arguments, pad_token=pad)
+
+    def build() -> Any:
+        model = load_base(base, dtype=method.dtype(base, device), trust_remote_code=job.trust_remote_code)
+        return method.prepare(model, base, job.options)
+
+    course = Course(
+        examples=sequences,
+        collate=partial(padded, pad_token=pad),
+        expected=Expectation(method=job.options["method"], trainable=method.trains),
+        logs=job.workspace / "tensorboard",
+    )
+    trained = train(build, course, arguments)
+    if not processes.is_main():
+        return
     folder = fresh(job.workspace / "out")
-    method.write(model, base, folder)
+    method.write(trained.model, base, folder)
     yield Output(variant=method.variant, folder=folder, metrics=_metrics(trained))
 
 
@@ -100,6 +137,8 @@ def copy_beside_weights(base: Checkpoint, folder: Path) -> None:
 def _metrics(trained: Trained) -> dict[str, float]:
     return {
         "train_loss": trained.loss,
+        "sample_loss_before": trained.loss_before,
+        "sample_loss_after": trained.loss_after,
         "steps": trained.steps,
         "tokens": trained.tokens,
         "trainable_parameters": trained.trainable_parameters,

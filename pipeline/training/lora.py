@@ -62,6 +62,11 @@ def attach(model: Any, options: Mapping[str, Any], base: Checkpoint, *, seed: in
     return adapted
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of an adapted model is the adapter's own, by its name."""
+    return ".lora_" in name or ".modules_to_save." in name
+
+
 def write_adapter(model: PeftModel, folder: Path) -> None:
     """Write adapter_model.safetensors (float32) and adapter_config.json; the bytes depend on values alone.
 

@@ -18,6 +18,7 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 
+from flows.figures import line
 from flows.tables import plan_rows, result_rows
 from pipeline import outcome, progress
 from pipeline.execute import run_step
@@ -47,8 +48,12 @@ def _step_task(name: str) -> Callable[..., References]:
         logger = get_run_logger()
         for output in step.outputs:
             logger.info("%s: %s", output.variant, output.reason)
-        with progress.shown_by(PrefectSink(plan.recipe, logger)):
-            found = run_step(plan, step)
+        sink = PrefectSink(plan.recipe, logger)
+        try:
+            with progress.shown_by(sink):
+                found = run_step(plan, step)
+        finally:
+            sink.flush()
         return passed | {variant: artifact.reference for variant, artifact in found.items()}
 
     return run
@@ -81,21 +86,37 @@ def promote(plan: Plan, report: References) -> dict[str, Any]:
 
 
 class PrefectSink:
-    """Shows a stage's events in its task run: messages and figures as logs, steps as a progress artifact."""
+    """Shows a stage's events in its task run: messages and figures as logs, steps as a progress artifact.
+
+    Figures that belong together come one by one; they are one line of the log, and stand beside the bar.
+    """
 
     def __init__(self, recipe: Recipe, logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
         self._recipe, self._logger = recipe, logger
         self._bars: dict[tuple[str, str], tuple[UUID, float]] = {}  # by stage and unit
+        self._unsaid: dict[str, dict[str, float]] = {}  # figures by stage
+        self._figures: dict[str, str] = {}  # the last line of them
 
     def __call__(self, event: progress.Event) -> None:
         """Show one event."""
         match event:
             case progress.Message(stage=stage, text=text):
+                self.flush()
                 self._logger.info("%s: %s", stage, text)
             case progress.Metric(stage=stage, name=name, value=value):
-                self._logger.info("%s: %s %.6g", stage, name, value)
+                if name in self._unsaid.get(stage, {}):
+                    self.flush()
+                self._unsaid.setdefault(stage, {})[name] = value
             case progress.Step():
+                self.flush()
                 self._advance(event)
+
+    def flush(self) -> None:
+        """Log the figures that have come since the last line."""
+        for stage, figures in self._unsaid.items():
+            self._figures[stage] = line(figures, short=False)
+            self._logger.info("%s: %s", stage, self._figures[stage])
+        self._unsaid.clear()
 
     def _advance(self, event: progress.Step) -> None:
         percent = 100.0 * event.done / max(event.total, 1)
@@ -107,7 +128,10 @@ class PrefectSink:
             made = create_progress_artifact(progress=percent, key=key, description=f"{event.stage} in {event.unit}")
             bar = cast("UUID", made)  # a coroutine only inside an event loop, where no stage runs
         else:
-            update_progress_artifact(artifact_id=bar, progress=percent)
+            said = f"{event.stage} in {event.unit}: {event.done:,} of {event.total:,}"
+            if figures := self._figures.get(event.stage):
+                said += f"; {figures}"
+            update_progress_artifact(artifact_id=bar, progress=percent, description=said)
         self._bars[event.stage, event.unit] = (bar, time.monotonic())
 
 

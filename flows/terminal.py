@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from flows.figures import line, size
 from pipeline import progress
 
 ERR = Console(stderr=True, highlight=False)
@@ -48,6 +49,7 @@ class _Bars:
         self._bars = bars
         self._ids: dict[tuple[str, str], TaskID] = {}  # by stage and unit: a quantize stage counts each target's layers
         self._latest: dict[str, TaskID] = {}
+        self._figures: dict[TaskID, dict[str, float]] = {}
 
     def __call__(self, event: progress.Event) -> None:
         match event:
@@ -60,12 +62,16 @@ class _Bars:
                 self._bars.update(self._latest[stage], completed=done, total=total)
             case progress.Metric(stage=stage, name=name, value=value):
                 if stage in self._latest:
-                    self._bars.update(self._latest[stage], figure=f"{name} {value:.4g}")
+                    bar = self._latest[stage]
+                    figures = self._figures.setdefault(bar, {})
+                    figures[name] = value
+                    self._bars.update(bar, figure=line(figures, short=True))
 
 
 class _Lines:
     def __init__(self) -> None:
         self._said: dict[tuple[str, str], float] = {}
+        self._figures: dict[str, dict[str, float]] = {}
 
     def __call__(self, event: progress.Event) -> None:
         match event:
@@ -75,9 +81,10 @@ class _Lines:
                 now = time.monotonic()
                 if done >= total or now - self._said.get((stage, unit), now - LINE_SECONDS) >= LINE_SECONDS:
                     self._said[stage, unit] = now
-                    ERR.print(f"{stage}: {done}/{total} {unit}", markup=False)
-            case progress.Metric():
-                pass
+                    figures = line(self._figures.pop(stage, {}), short=True)
+                    ERR.print(f"{stage}: {done}/{total} {unit}{', ' if figures else ''}{figures}", markup=False)
+            case progress.Metric(stage=stage, name=name, value=value):
+                self._figures.setdefault(stage, {})[name] = value
 
 
 def print_json(value: Any) -> None:
@@ -95,15 +102,6 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
         table.add_row(*row.values())
     console = OUT if OUT.is_terminal else Console(width=140, highlight=False)
     console.print(table)
-
-
-def size(nbytes: float) -> str:
-    """Bytes in the unit that keeps the figure short."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":  # noqa: PLR2004 - the step of the units
-            return f"{nbytes:.0f} {unit}" if unit in ("B", "kB") else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    raise AssertionError
 
 
 def duration(seconds: float | None) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 from pipeline.errors import MissingLibrary, RecipeError
 from pipeline.targets import unknown_key
 
-_NO_EVALUATION = "training rows are all it sees, and the evaluate section judges the result"
+_NO_EVALUATION = "every epoch ends with the validation rows, and the evaluate section judges the result"
 _NO_HUB = "a run sends nothing anywhere; push the finished artifact by hand"
-_ONE_PROCESS = "training runs in one process"
+_LAUNCHED = "it says how several processes train together; set train.launcher first"
 RESERVED_ARGUMENTS: Mapping[str, str] = {
     "output_dir": "the run keeps its resume files in a workspace of its own",
     "seed": "the recipe's seed is used; set it at the top of the recipe",
@@ -41,12 +41,15 @@ RESERVED_ARGUMENTS: Mapping[str, str] = {
     "hub_always_push": _NO_HUB,
     "hub_private_repo": _NO_HUB,
     "hub_revision": _NO_HUB,
-    "deepspeed": _ONE_PROCESS,
-    "fsdp": _ONE_PROCESS,
-    "fsdp_config": _ONE_PROCESS,
-    "parallelism_config": _ONE_PROCESS,
-    "local_rank": _ONE_PROCESS,
+    "auto_find_batch_size": "where memory runs out, a run takes fewer rows at a time and keeps the rows of an update",
+    "deepspeed": "its checkpoints cannot be resumed by digest; use FSDP, by train.launcher.config",
+    "parallelism_config": "processes share rows, not layers; use FSDP, by train.launcher.config",
+    "local_rank": "each process is told by the launcher which it is",
 }
+# Names that mean something only where a launcher starts several processes.
+LAUNCHED_ARGUMENTS: Mapping[str, str] = {"fsdp": _LAUNCHED, "fsdp_config": _LAUNCHED}
+# transformers takes true too, whatever its annotation says.
+_WIDER = {"fsdp": "bool | str | None"}
 _CAUSAL = "Requant trains causal language models and fills it in"
 _UNMERGEABLE = "such an adapter cannot be merged into its base"
 RESERVED_LORA: Mapping[str, str] = {
@@ -82,9 +85,13 @@ _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def check_arguments(arguments: Mapping[str, Any], lora: Mapping[str, Any]) -> None:
-    """Raise RecipeError for the first name that neither library has or that Requant keeps, or value of a wrong type."""
-    _check_fields("train.arguments", arguments, RESERVED_ARGUMENTS, training_argument_types)
+def check_arguments(arguments: Mapping[str, Any], lora: Mapping[str, Any], *, launched: bool = False) -> None:
+    """Raise RecipeError for the first name that neither library has or that Requant keeps, or value of a wrong type.
+
+    `launched` says whether train.launcher starts processes, of which some arguments speak.
+    """
+    reserved = RESERVED_ARGUMENTS if launched else {**RESERVED_ARGUMENTS, **LAUNCHED_ARGUMENTS}
+    _check_fields("train.arguments", arguments, reserved, training_argument_types)
     _check_fields("train.lora", lora, RESERVED_LORA, lora_types)
     if lora.get("bias", "none") != "none":
         raise RecipeError(f"train.lora: bias is {lora['bias']!r}, which no merge undoes; use none")
@@ -117,7 +124,7 @@ def _check_fields(
             raise RecipeError(f"{section}: {name} cannot be set: {reserved[name]}; leave it out")
         if name not in valid:
             raise RecipeError(f"{section}: {unknown_key(str(name), valid.keys() - reserved.keys())}")
-        if expected := _expected(valid[name], value):
+        if expected := _expected(_WIDER.get(name, valid[name]), value):
             raise RecipeError(f"{section}: {name} is {value!r}, expected {expected}")
 
 

@@ -18,6 +18,7 @@ RequantError
 │   ├── StageDied             the stage's process ended without an answer
 │   ├── StageFailed           the stage met an error that nobody foresaw
 │   ├── NonFinite             a weight, a loss or a figure is NaN or infinite
+│   ├── CheckFailed           a training run that did not do what its method says
 │   ├── ReloadMismatch        a written model does not reload as it was meant
 │   └── StoreCorrupt          a stored file is not what its manifest says
 └── GateRefused           exit 3: a variant missed a bound; its alias stays where it was
@@ -115,6 +116,10 @@ class StageFailed(WorkError):
 
 class NonFinite(WorkError):
     """A weight, a loss or a figure is NaN or infinite."""
+
+
+class CheckFailed(WorkError):
+    """A training run that did not do what its method says."""
 
 
 class ReloadMismatch(WorkError):

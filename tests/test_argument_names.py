@@ -9,6 +9,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from pipeline.argument_names import (
+    LAUNCHED_ARGUMENTS,
     RESERVED_ARGUMENTS,
     RESERVED_LORA,
     check_arguments,
@@ -24,7 +25,7 @@ def test_the_names_read_off_the_source_are_the_fields_of_the_imported_classes():
 
 
 def test_every_reserved_name_exists():
-    assert RESERVED_ARGUMENTS.keys() <= training_argument_types().keys()
+    assert RESERVED_ARGUMENTS.keys() | LAUNCHED_ARGUMENTS.keys() <= training_argument_types().keys()
     assert RESERVED_LORA.keys() <= lora_types().keys()
 
 
@@ -61,3 +62,16 @@ def test_an_unknown_or_reserved_name_is_refused_with_the_nearest_or_the_reason(a
     with pytest.raises(RecipeError, match=said) as caught:
         check_arguments(arguments, lora)
     assert "\n" not in str(caught.value)
+
+
+def test_what_speaks_of_several_processes_is_allowed_where_a_launcher_starts_them():
+    given = {"fsdp": True, "fsdp_config": {"version": 2}}
+    check_arguments(given, {}, launched=True)
+    with pytest.raises(RecipeError, match=r"train\.arguments: fsdp cannot be set: .*; set train.launcher first"):
+        check_arguments(given, {})
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "parallelism_config", "local_rank", "auto_find_batch_size"])
+def test_what_no_launcher_makes_work_stays_refused(name):
+    with pytest.raises(RecipeError, match=f"train.arguments: {name} cannot be set"):
+        check_arguments({name: 1}, {}, launched=True)

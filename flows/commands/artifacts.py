@@ -6,7 +6,8 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from flows.terminal import OUT, print_json, print_table, size
+from flows.figures import size
+from flows.terminal import OUT, print_json, print_table
 from pipeline import upkeep
 from pipeline.artifacts import Artifact, Store
 from pipeline.checkpoint import read_json

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import psutil
 from cyclopts import Parameter
 
-from flows.terminal import print_json, print_table, size
+from flows.figures import size
+from flows.terminal import print_json, print_table
 from pipeline.catalog import FORMATS
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]

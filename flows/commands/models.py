@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from flows.terminal import OUT, print_json, print_table, showing_progress, size
+from flows.figures import size
+from flows.terminal import OUT, print_json, print_table, showing_progress
 from pipeline.artifacts import Store
 from pipeline.catalog import format_of, require_libraries
 from pipeline.checkpoint import Checkpoint

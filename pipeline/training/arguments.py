@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from pipeline.argument_names import RESERVED_ARGUMENTS
 from pipeline.errors import RecipeError
 
-# What a recipe may say otherwise. transformers' own: loggers none, logging every 500 steps, NaN losses left out of the
-# log, saving every 500 steps for ever; `save_strategy` "no" leaves saving to the clock (trainer.Resumable).
+# What a recipe may say otherwise. transformers' own: logging every 500 steps, NaN losses left out of the log, saving
+# every 500 steps for ever; `save_strategy` "no" leaves saving to the clock (resume.Resumable).
 DEFAULTS: Mapping[str, Any] = {
-    "report_to": [],
     "logging_steps": 10,
     "logging_first_step": True,
     "logging_nan_inf_filter": False,
@@ -32,7 +33,7 @@ def training_arguments(given: Mapping[str, Any], *, folder: Path, seed: int, mix
     """
     for name in given:
         assert name not in RESERVED_ARGUMENTS, f"{name}: the plan refuses it"
-    values = {**DEFAULTS, **given}
+    values = {**DEFAULTS, "report_to": _reporters(given.get("report_to")), **given}
     if {"save_steps", "save_strategy"} & given.keys():
         values["save_strategy"] = given.get("save_strategy", "steps")
     if mixed and not {"bf16", "fp16", "use_cpu"} & given.keys():
@@ -45,6 +46,21 @@ def training_arguments(given: Mapping[str, Any], *, folder: Path, seed: int, mix
         return TrainingArguments(**(values | fixed))
     except (TypeError, ValueError, ImportError, NotImplementedError) as error:
         raise RecipeError(f"train.arguments: {_sentence(error)}; correct the value") from error
+
+
+def _reporters(given: Any) -> list[str]:
+    """TensorBoard where it is installed; raise RecipeError where the recipe asks for one that is not."""
+    if given is None:
+        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    names = [given] if isinstance(given, str) else list(given)
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in {*installed, "all", "none"}:
+            raise RecipeError(
+                f"train.arguments: report_to names {name}, which is not installed; choose from "
+                f"{', '.join(sorted(installed)) or 'none here'}, or install it"
+            )
+    return names
 
 
 def _sentence(error: Exception) -> str:

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from flows import terminal
+from flows import figures, terminal
 from pipeline import progress
 
 
@@ -38,7 +38,7 @@ def test_each_target_of_a_stage_has_a_bar_of_its_own_with_its_unit_and_figure(sh
 def test_without_a_terminal_there_are_plain_lines(shown):
     assert shown(is_terminal=False).splitlines() == [
         "quantize: 6/6 gptq-4bit layers",
-        "quantize: 1/6 awq-4bit layers",
+        "quantize: 1/6 awq-4bit layers, loss 0.5",
         "quantize: committed bot/gptq-4bit@v0001",
     ]
 
@@ -47,9 +47,34 @@ def test_without_a_terminal_there_are_plain_lines(shown):
     ("nbytes", "text"), [(999, "999 B"), (1500, "2 kB"), (13_600_000, "13.6 MB"), (2.5e12, "2500.0 GB")]
 )
 def test_bytes_are_shown_in_the_unit_that_keeps_them_short(nbytes, text):
-    assert terminal.size(nbytes) == text
+    assert figures.size(nbytes) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(None, "not measured yet"), (58.2, "58 s"), (600.0, "10 min")])
 def test_seconds_are_shown_as_a_person_says_them(seconds, text):
     assert terminal.duration(seconds) == text
+
+
+FIGURES = {
+    "peak_bytes": 3e9, "resident_bytes": 2e9, "tokens_per_second": 12345.6, "gradient_norm": 1.5, "oddness": 0.25,
+    "learning_rate": 2e-4, "loss": 2.345678,
+}  # fmt: skip
+
+
+def test_a_trainings_figures_stand_in_one_order_with_their_units_however_they_come():
+    assert figures.line(FIGURES, short=True) == (
+        "loss 2.346, lr 2.00e-04, 12,346 tokens/s, memory 2.0 GB, oddness 0.25"
+    )
+    assert figures.line(FIGURES, short=False) == (
+        "loss 2.346, lr 2.00e-04, gradient 1.5, 12,346 tokens/s, memory 2.0 GB, peak 3.0 GB, oddness 0.25"
+    )
+
+
+def test_the_bar_keeps_every_figure_beside_it(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(terminal, "ERR", Console(file=out, force_terminal=True, color_system=None, width=200))
+    with terminal.showing_progress():
+        progress.step("train", done=10, total=100, unit="steps")
+        for name, value in FIGURES.items():
+            progress.metric("train", name, value)
+    assert "loss 2.346, lr 2.00e-04, 12,346 tokens/s, memory 2.0 GB" in out.getvalue()

@@ -67,7 +67,7 @@ def test_the_clock_asks_for_a_save_after_a_while_and_less_often_when_saving_is_s
 
     def asked():
         control = SimpleNamespace(should_save=False)
-        clock.on_step_end(None, None, control)
+        clock.on_step_end(None, SimpleNamespace(global_step=1), control)
         return control.should_save
 
     now += resume.EVERY - 1
@@ -89,5 +89,5 @@ def test_saving_by_steps_leaves_the_clock_out(monkeypatch):
     clock = Resumable(on_clock=False)
     now = 1e6
     control = SimpleNamespace(should_save=False)
-    clock.on_step_end(None, None, control)
+    clock.on_step_end(None, SimpleNamespace(global_step=1), control)
     assert not control.should_save

@@ -50,6 +50,13 @@ RESERVED_ARGUMENTS: Mapping[str, str] = {
 LAUNCHED_ARGUMENTS: Mapping[str, str] = {"fsdp": _LAUNCHED, "fsdp_config": _LAUNCHED}
 # transformers takes true too, whatever its annotation says.
 _WIDER = {"fsdp": "bool | str | None"}
+# What the loop on cached features (training/feature_loop.py) heeds; the other names are for Trainer.
+HONOURED: frozenset[str] = frozenset({
+    "adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_drop_last", "gradient_accumulation_steps", "learning_rate",
+    "logging_first_step", "logging_steps", "logging_strategy", "lr_scheduler_kwargs", "lr_scheduler_type",
+    "max_grad_norm", "max_steps", "num_train_epochs", "per_device_eval_batch_size", "per_device_train_batch_size",
+    "save_steps", "save_strategy", "save_total_limit", "use_cpu", "warmup_steps", "weight_decay",
+})  # fmt: skip
 _CAUSAL = "Requant trains causal language models and fills it in"
 _UNMERGEABLE = "such an adapter cannot be merged into its base"
 RESERVED_LORA: Mapping[str, str] = {

@@ -148,7 +148,8 @@ def _copy(source: Path, out: Path, size: synthetic.Size) -> Work:
 
 
 def _requant(source: Path, out: Path, _: synthetic.Size) -> Work:
-    from pipeline.stages import Job, upcast
+    from pipeline.jobs import Job
+from pipeline.stages import upcast
 
     if (source / "model.gguf").exists():
         importlib.import_module("pipeline.upcasting.gguf")

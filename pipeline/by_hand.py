@@ -16,8 +16,8 @@ from pipeline import child
 from pipeline.errors import InputError, NonFinite
 from pipeline.evaluation.tasks import ENVIRONMENT
 from pipeline.execute import STAGES, preload
+from pipeline.jobs import Job
 from pipeline.sections import Data
-from pipeline.stages import Job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,9 +14,9 @@ from pipeline import child, progress
 from pipeline.artifacts import Artifact, Store
 from pipeline.digests import digest_value
 from pipeline.errors import NoSpace
+from pipeline.jobs import Job
 from pipeline.manifest import Origin
 from pipeline.plan import Plan
-from pipeline.stages import Job
 from pipeline.steps import Step
 
 STAGES = {

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.stages import Job, Output
+from pipeline.jobs import Job, Output
 from pipeline.stages import upcast as stage
 from tests.architectures import STEP, Architecture
 

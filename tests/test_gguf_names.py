@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GgufConfig
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, MissingTensor, UnexpectedTensor, UnsupportedFormat
-from pipeline.stages import Job
+from pipeline.jobs import Job
 from pipeline.stages import upcast as stage
 from pipeline.upcasting.gguf import laid_out
 from tests import gguf_models as models

@@ -108,7 +108,9 @@ def test_what_is_trained_on_the_source_alone_upcasts_nothing(root, method):
 
 
 def test_a_head_is_joined_to_dense_weights_where_they_are_quantized_afterwards(root):
-    plan = planned(root, "gptq", "train.method=head", "train.base=source", "quantize=[{{format: bitsandbytes}}]", *LABELS)
+    plan = planned(
+        root, "gptq", "train.method=head", "train.base=source", "quantize=[{{format: bitsandbytes}}]", *LABELS
+    )
     assert shape(plan) == [
         "upcast: source → dense",
         "train: source → head",

@@ -1,4 +1,4 @@
-"""Before anything loads, the plan refuses a training that the installed libraries would not do, and names the way that works."""
+"""The plan refuses a training that the installed libraries would not do, and names the way that works."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def test_the_quantizer_is_asked_not_a_table(root, monkeypatch):
 
     raw = json.loads((source(root, "gptq") / "config.json").read_text())["quantization_config"]
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    assert ask(config, raw, False).adapters
+    assert ask(config, raw, trust_remote_code=False).adapters
     monkeypatch.setattr(GptqHfQuantizer, "is_trainable", property(lambda _: False))
-    assert not ask(config, raw, False).adapters
+    assert not ask(config, raw, trust_remote_code=False).adapters
 
 
 def test_a_quantizer_that_does_not_train_is_refused_by_name_and_version(root, monkeypatch):

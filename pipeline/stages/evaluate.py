@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pipeline import child
 from pipeline.evaluation.tasks import ENVIRONMENT, Comparison
 from pipeline.gates import Scores, write_report
-from pipeline.stages import Job, Output
+from pipeline.jobs import Job, Output
 
 
 def run(job: Job) -> Iterator[Output]:

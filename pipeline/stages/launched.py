@@ -10,9 +10,9 @@ from typing import Any
 
 from pipeline import progress
 from pipeline.errors import OutOfMemory
+from pipeline.jobs import Job, Output
 from pipeline.launcher import Launch, read_launch
 from pipeline.sections import Data, Launcher
-from pipeline.stages import Job, Output
 from pipeline.training.launch import launch
 from pipeline.training.memory import known_micro_batch
 

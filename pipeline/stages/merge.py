@@ -1,23 +1,24 @@
 """Merge: what was trained joins the weights that the recipe goes on from.
 
-An adapter is folded in: what it does not touch is copied byte for byte; what it touches is merged in float32 and rounded
-once, to the dtype it had. Names, shapes, dtypes and order are the base's; memory is bounded by the adapter and one
-tensor. A head takes its place in the architecture, a projector lies beside its backbone.
+An adapter is folded in: what it does not touch is copied byte for byte; what it touches is merged in float32 and
+rounded once, to the dtype it had. Names, shapes, dtypes and order are the base's; memory is bounded by the adapter and
+one tensor. A head takes its place in the architecture, a projector lies beside its backbone.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import progress
+from pipeline import pairing, progress
 from pipeline.checkpoint import Checkpoint, copy_companions
 from pipeline.encoding import load_tokenizer
 from pipeline.evaluation.load import load_model
+from pipeline.jobs import Job, Output, fresh
 from pipeline.shard_writer import ShardWriter
 from pipeline.shards import DTYPES, ShardReader
-from pipeline.stages import Job, Output, fresh
-from pipeline.training import heads, lora, projector
+from pipeline.training import head, lora
 from pipeline.training.examples import mean_loss, read_examples
 from pipeline.training.model import open_dense
 from pipeline.training.task import Task, write_config
@@ -39,10 +40,20 @@ def run(job: Job) -> Iterator[Output]:
         yield Output(variant="tuned", folder=folder, metrics={"merged_tensors": changed})
     else:
         folder = fresh(job.workspace / "out")
-        join = heads.join if "head" in job.inputs else projector.join
-        join(base, job.inputs["head" if "head" in job.inputs else "projector"], folder)
-        copy_companions(base.path, folder)
+        if "head" in job.inputs:
+            head.merge_head(base, job.inputs["head"], folder)
+        else:
+            _lay_beside(base, job.inputs["projector"], folder)
         yield Output(variant="tuned", folder=folder)
+
+
+def _lay_beside(base: Checkpoint, projector: Path, folder: Path) -> None:
+    """The backbone as it is, dense or quantized, and the projector, sealed to each other."""
+    for name in base.files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base.folder / name, folder / name)
+    copy_companions(base.path, folder)
+    pairing.carry(projector, folder)
 
 
 def _better(job: Job) -> Output:

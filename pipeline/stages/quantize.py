@@ -11,10 +11,10 @@ from pydantic import TypeAdapter
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.encoding import calibration_samples, load_tokenizer
+from pipeline.jobs import Job, Output
 from pipeline.quantization import writers
 from pipeline.quantization.folder import Order, Written
 from pipeline.rows import read_rows
-from pipeline.stages import Job, Output
 from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target
 
 _TARGETS: TypeAdapter[list[Target]] = TypeAdapter(list[Target])

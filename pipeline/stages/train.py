@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.encoding import load_tokenizer
-from pipeline.stages import Job, Output, fresh
+from pipeline.jobs import Job, Output, fresh
 from pipeline.stages.launched import is_launched, run_launched
 from pipeline.training import attached, processes
 from pipeline.training.arguments import training_arguments
@@ -43,7 +43,7 @@ def run_here(job: Job) -> Iterator[Output]:
     method = METHODS[job.options["method"]]
     base = Checkpoint.open(job.inputs["base"])
     tokenizer = load_tokenizer(base.path, trust_remote_code=job.trust_remote_code)
-    task = task_of(job, base)
+    task = task_of(job, base, tokenizer)
     examples = read_examples(job, "train", task, tokenizer)
     validation = read_examples(job, "validation", task, tokenizer) if "validation" in job.data else None
     device = "cuda" if torch.cuda.is_available() and not job.options["arguments"].get("use_cpu") else "cpu"
@@ -55,7 +55,8 @@ def run_here(job: Job) -> Iterator[Output]:
     )
     out = job.workspace / "out"
     if job.options.get("engine") == "features":
-        trained = attached.train(job, base, task, examples, validation, arguments, device=device, out=out)
+        ground = attached.Ground(job=job, base=base, task=task, device=device)
+        trained = attached.train(ground, examples, validation, arguments, out)
     else:
         trained = _through_trainer(job, base, method, task, examples, validation, arguments, device=device, out=out)
     if processes.is_main():
@@ -82,7 +83,7 @@ def _through_trainer(
         expected=Expectation(method=job.options["method"], trainable=first.trainable),
         validation=validation.items if validation else (),
         divisible=task.kind != "pairs",
-        logs=job.logs,
+        logs=job.logs or job.workspace / "tensorboard",
     )
 
     def build() -> Any:

@@ -21,8 +21,8 @@ from pipeline import progress
 from pipeline.catalog import format_of
 from pipeline.checkpoint import QUANTIZATION_KEYS, Checkpoint, copy_companions, read_json
 from pipeline.digests import digest_value
+from pipeline.jobs import Job, Output
 from pipeline.shard_writer import MAX_SHARD_BYTES, ShardWriter
-from pipeline.stages import Job, Output
 from pipeline.upcasting import stream
 from pipeline.upcasting.layout import laid_out
 

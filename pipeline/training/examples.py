@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from pipeline import progress
 from pipeline.checkpoint import Checkpoint
-from pipeline.encoding import IGNORED, encode, padded
-from pipeline.labelled import classes_of, encode_labelled, encode_pairs, encode_tagged, padded_examples
+from pipeline.encoding import IGNORED, Encoded, encode, padded
+from pipeline.jobs import Job
+from pipeline.labelled import (
+    PairExample,
+    classes_of,
+    encode_labelled,
+    encode_pairs,
+    encode_tagged,
+    padded_examples,
+    padded_ids,
+)
 from pipeline.rows import check_rows, read_rows
-from pipeline.stages import Job
-from pipeline.training.projector import padded_pairs
 from pipeline.training.task import Task, known_classes
 
 Batch = Mapping[str, torch.Tensor]
@@ -29,37 +37,57 @@ class Examples:
     collate: Callable[[list[Any]], Batch]
     dropped: int
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of all items, padding left out."""
-        return sum(_length(item) for item in self.items)
 
-
-def task_of(job: Job, base: Checkpoint) -> Task:
+def task_of(job: Job, base: Checkpoint, tokenizer: Any) -> Task:
     """What the training rows ask for; labels in the order of the base's own head, where it has one for them."""
-    data = job.data["train"]
+    data, pad = job.data["train"], pad_token(tokenizer)
     kind = check_rows(data, limit=None)
     if kind not in {"classification", "tagged"}:
-        return Task(kind=kind)
+        return Task(kind=kind, pad_token=pad)
     # Of every part: a label that only held-out rows have is one of the model's too.
     everything = data.model_copy(update={"held_out": 0.0, "validation": 0.0, "part": "train"})
-    return Task(kind=kind, classes=known_classes(base, classes_of(read_rows(everything))))
+    return Task(kind=kind, pad_token=pad, classes=known_classes(base, classes_of(read_rows(everything))))
 
 
 def read_examples(job: Job, role: str, task: Task, tokenizer: Any) -> Examples:
     """The rows of `job.data[role]`; raise DataError for the first that is wrong, or too long where that is refused."""
-    rows, options = read_rows(job.data[role]), job.options
-    common = {"sequence_length": options["sequence_length"], "too_long": options.get("too_long", "refuse")}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked, so any id will do
+    rows, options, pad = read_rows(job.data[role]), job.options, pad_token(tokenizer)
+    length, too_long = options["sequence_length"], options.get("too_long", "refuse")
+    encoded: Encoded[Any]
+    collate: Callable[..., Batch] = padded
     if task.kind in {"classification", "regression"}:
-        encoded = encode_labelled(rows, tokenizer, classes=task.classes, **common)
+        encoded = encode_labelled(rows, tokenizer, classes=task.classes, sequence_length=length, too_long=too_long)
+        collate = padded_examples
     elif task.kind == "tagged":
-        encoded = encode_tagged(rows, tokenizer, classes=task.classes, **common)
+        encoded = encode_tagged(rows, tokenizer, classes=task.classes or (), sequence_length=length, too_long=too_long)
     elif task.kind == "pairs":
-        encoded = encode_pairs(rows, tokenizer, **common)
+        encoded = encode_pairs(rows, tokenizer, sequence_length=length, too_long=too_long)
+        collate = padded_pairs
     else:
-        encoded = encode(rows, tokenizer, packing=options.get("packing", False), **common)
-    return Examples(items=encoded.items, collate=_Collate(kind=task.kind, pad_token=pad), dropped=encoded.dropped)
+        packing = options.get("packing", False)
+        encoded = encode(rows, tokenizer, sequence_length=length, too_long=too_long, packing=packing)
+    return Examples(items=encoded.items, collate=partial(collate, pad_token=pad), dropped=encoded.dropped)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """The id that batches are padded with; it is masked, so where the tokenizer has none any will do."""
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+def padded_pairs(batch: list[PairExample], *, pad_token: int) -> dict[str, torch.Tensor]:
+    """`padded_ids` of anchors, positives and, where a row has one, negatives, under such names; `labels` 0 to B - 1."""
+    texts = {
+        "anchor": [row.anchor for row in batch],
+        "positive": [row.positive for row in batch],
+        "negative": [row.negative for row in batch if row.negative is not None],
+    }
+    found = {
+        f"{part}_{name}": tensor
+        for part, rows in texts.items()
+        if rows
+        for name, tensor in padded_ids(rows, pad_token=pad_token).items()
+    }
+    return {**found, "labels": torch.arange(len(batch))}
 
 
 @torch.inference_mode()

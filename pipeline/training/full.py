@@ -32,7 +32,9 @@ def freeze_but(
                 f"train.trainable: {pattern} names no weight of the model, which are called like {names[0]}; correct it"
             )
     everything = not patterns and not only
-    chosen = {name for name in names if name in also or everything or any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+    chosen = {
+        name for name in names if name in also or everything or any(fnmatch.fnmatchcase(name, p) for p in patterns)
+    }
     for name, weight in model.named_parameters():
         weight.requires_grad_(name in chosen)
     return frozenset(chosen)

@@ -9,71 +9,52 @@ from __future__ import annotations
 import json
 import types
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.utils import logging
 
 from pipeline import progress
 from pipeline.checkpoint import Checkpoint, copy_companions, read_json
 from pipeline.errors import CheckpointError, NonFinite, UnsupportedFormat
-from pipeline.evaluation.load import device
 from pipeline.shard_writer import ShardWriter
 from pipeline.shards import DTYPE_NAMES, DTYPES, ShardReader
+from pipeline.training.model import Loaded, head_names
 
-HeadTask = Literal["classification", "regression", "tagged"]
 WEIGHTS = "head.safetensors"
-CLASSES = {
-    "classification": transformers.AutoModelForSequenceClassification,
-    "regression": transformers.AutoModelForSequenceClassification,
-    "tagged": transformers.AutoModelForTokenClassification,
-}
 
 
-def load_head(
-    folder: Path,
-    *,
-    task: HeadTask,
-    classes: tuple[str, ...] | None,
-    pad_token: int,
-    seed: int,
-    dtype: torch.dtype | None = None,
-    quantization: Any = None,
-    trust_remote_code: bool = False,
-) -> Any:
-    """The classifier on a checkpoint's base model, which is frozen and stays in evaluation mode; the head is new.
+def prepare(loaded: Loaded) -> frozenset[str]:
+    """Freeze the base model of a classifier, in evaluation mode; return the names of the head's weights, float32.
 
-    `classes` name the labels in order, and are None for a regression. Dense weights are computed in `dtype`, by default
-    float32 on a CPU and the checkpoint's own elsewhere; `quantization` is a config to quantize them with while they are
-    loaded. Raise UnsupportedFormat where the architecture has no such head, CheckpointError where base weights lack.
+    Raise UnsupportedFormat where the model has no base of its own, or the head is quantized.
     """
-    logging.disable_progress_bar()
-    checkpoint = Checkpoint.open(folder)
-    dense = checkpoint.quantization is None and quantization is None
-    config = _config(folder, task=task, classes=classes, pad_token=pad_token, trust_remote_code=trust_remote_code)
-    chosen = dtype or (torch.float32 if dense and device().type == "cpu" else "auto")
-    more = {} if quantization is None else {"quantization_config": quantization}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # what the checkpoint lacks begins from it
-        try:
-            model, found = CLASSES[task].from_pretrained(
-                folder, config=config, dtype=chosen, device_map=device().type, output_loading_info=True,
-                ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code, local_files_only=True, **more,
-            )  # fmt: skip
-        except ValueError as error:
-            said = " ".join(str(error).split())[:200]
-            raise UnsupportedFormat(f"{folder}: has no head for {task} ({said}); use method projector") from error
-    new = {*map(str, found["missing_keys"]), *(str(_name(key)) for key in found["mismatched_keys"])}
-    _freeze(model, new, folder)
-    return model
+    model = loaded.model
+    name, base = type(model).__name__, getattr(model, model.base_model_prefix, None)
+    if base is None or base is model:
+        raise UnsupportedFormat(f"{name}: has no base model of its own; use method projector")
+    own = head_names(model, loaded.new)
+    for key, weight in model.named_parameters():
+        weight.requires_grad_(key in own)
+        if key in own and not weight.is_floating_point():
+            raise UnsupportedFormat(f"{name}: quantizes {key}, which is to train; use method projector")
+        if key in own:
+            weight.data = weight.data.to(torch.float32)
+    base.train = types.MethodType(_stays, base)
+    base.eval()
+    base.register_forward_hook(_in_float32)
+    return own
+
+
+def unfreeze_base(model: Any) -> None:
+    """Let the base model go into training mode with the rest: some of its weights train too."""
+    del getattr(model, model.base_model_prefix).train
 
 
 def head_weights(model: Any) -> dict[str, nn.Parameter]:
-    """What trains of a model that `load_head` gave, by name."""
+    """What trains of a prepared model, by name."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
@@ -128,46 +109,6 @@ def _prefix(head: Path) -> str:
     return str(prefix)
 
 
-def _config(
-    folder: Path, *, task: HeadTask, classes: tuple[str, ...] | None, pad_token: int, trust_remote_code: bool
-) -> Any:
-    labels = list(classes or ("score",))
-    config = transformers.AutoConfig.from_pretrained(
-        folder,
-        id2label=dict(enumerate(labels)),
-        label2id={label: number for number, label in enumerate(labels)},
-        trust_remote_code=trust_remote_code,
-        local_files_only=True,
-    )
-    # Otherwise transformers reads it off the first batch; and a decoder looks for the last token by the padding's id.
-    config.problem_type = {"classification": "single_label_classification", "regression": "regression"}.get(task)
-    text = config.get_text_config()
-    if text.pad_token_id is None:
-        text.pad_token_id = pad_token
-    return config
-
-
-def _freeze(model: Any, new: set[str], folder: Path) -> None:
-    """Leave the head alone to train, and of the base what it lacks: a pooler."""
-    prefix = f"{model.base_model_prefix}."
-    base = getattr(model, model.base_model_prefix, None)
-    if base is None or base is model:
-        raise UnsupportedFormat(f"{folder}: {type(model).__name__} has no base model of its own; use method projector")
-    lacking = sorted(name for name in new if name.startswith(prefix) and not name.startswith(f"{prefix}pooler."))
-    if lacking:
-        raise CheckpointError(f"{folder}: lacks {lacking[0]}, which {type(model).__name__} needs; download it again")
-    for name, weight in model.named_parameters():
-        trains = not name.startswith(prefix) or name in new
-        if trains and not weight.is_floating_point():
-            raise UnsupportedFormat(f"{folder}: quantizes {name}, which is to train; use method projector")
-        weight.requires_grad_(trains)
-        if trains:
-            weight.data = weight.data.to(torch.float32)
-    base.train = types.MethodType(_stays, base)
-    base.eval()
-    base.register_forward_hook(_in_float32)
-
-
 def _stays(module: nn.Module, mode: bool = True) -> nn.Module:  # noqa: FBT001, FBT002 - torch's own signature
     """Evaluation mode, whatever is asked for: a frozen base model has no dropout."""
     _ = mode
@@ -181,8 +122,3 @@ def _in_float32(_: nn.Module, _inputs: Any, output: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.dtype != torch.float32:
             setattr(output, name, value.to(torch.float32))
     return output
-
-
-def _name(key: Any) -> str:
-    """A mismatched key is a name, or a name with two shapes."""
-    return str(key[0] if isinstance(key, tuple) else key)

@@ -81,6 +81,13 @@ def _targets(loaded: Loaded, options: Mapping[str, Any], base: Checkpoint) -> di
     return found
 
 
+def new_shapes(base: Checkpoint, adapter: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensor that the adapter brings whole and the base lacks, a new head's → its dtype and shape, sorted by name."""
+    whole = read_header(adapter / WEIGHTS)
+    names = {name.removeprefix("base_model.model."): info for name, info in whole.items() if ".lora_" not in name}
+    return {name: ("F32", info.shape) for name, info in sorted(names.items()) if name not in base.tensors}
+
+
 def write_adapter(model: PeftModel, task: Task, folder: Path) -> None:
     """Write adapter_model.safetensors (float32), adapter_config.json and a classifier's task, by values alone.
 

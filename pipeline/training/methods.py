@@ -6,7 +6,7 @@ A new method is a row here, its rows in `pipeline/preflight_training.py`, and a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from pipeline.checkpoint import Checkpoint, copy_companions
 from pipeline.model_class import class_of
 from pipeline.sections import Projector
-from pipeline.training import full, heads, lora, qat
+from pipeline.training import full, head, lora, qat
 from pipeline.training.model import Loaded, compute_dtype, head_names, load
 from pipeline.training.projected import write_projector
 from pipeline.training.projector import ProjectedModel, ProjectorLayer, describe, width_of
@@ -79,8 +79,10 @@ def _qat(loaded: Loaded, base: Checkpoint, options: Options) -> Ready:
 
 
 def _head(loaded: Loaded, _: Checkpoint, options: Options) -> Ready:
-    head = head_names(loaded.model, loaded.new)
-    trainable = full.freeze_but(loaded.model, options.get("trainable", ()), also=head, only=True)
+    own, patterns = head.prepare(loaded), options.get("trainable", ())
+    if patterns:
+        head.unfreeze_base(loaded.model)
+    trainable = full.freeze_but(loaded.model, patterns, also=own, only=True)
     return Ready(model=loaded.model, trainable=trainable, loaded=loaded)
 
 
@@ -88,7 +90,7 @@ def _projector(loaded: Loaded, _: Checkpoint, options: Options) -> Ready:
     task = loaded.task
     description = describe(
         Projector.model_validate(options["projector"]), in_features=int(width_of(loaded.model.config) or 0),
-        task=task.kind, classes=task.classes,
+        task=task.projected, classes=task.classes,
     )  # fmt: skip
     model = ProjectedModel(loaded.model, description, layer=ProjectorLayer(description, seed=options["seed"]))
     own = frozenset(f"projector.{name}" for name, _ in model.projector.named_parameters())
@@ -108,11 +110,11 @@ def _write_tuned(model: Any, ready: Ready, base: Checkpoint, folder: Path) -> No
     copy_companions(base.path, folder)
 
 
-def _write_head(model: Any, ready: Ready, _: Checkpoint, folder: Path) -> None:
-    heads.write_head(replace(ready.loaded, model=model), ready.trainable, folder)
+def _write_head(model: Any, _: Ready, base: Checkpoint, folder: Path) -> None:
+    head.write_head(folder, model, base.path)
 
 
-def _write_projector(model: Any, ready: Ready, _: Checkpoint, folder: Path) -> None:
+def _write_projector(model: Any, _ready: Ready, _base: Checkpoint, folder: Path) -> None:
     write_projector(folder, model.projector.layer, model.description)
 
 

@@ -51,8 +51,9 @@ def load(
 ) -> Loaded:
     """The model of a checkpoint, dense or quantized, with the head that `task` needs or of `model_class`, on the CPU.
 
-    `model_class` and a language model must hold every key that its class has, and no other, or CheckpointError is raised: transformers
-    fills what is missing with random weights. A classifier's own head may be missing, and is then drawn from `seed`.
+    `model_class` and a language model must find every key that their class has, and no other, or CheckpointError is
+    raised: transformers fills what is missing with random weights. A classifier's own head may be missing, and is then
+    drawn from `seed`.
     """
     transformers.utils.logging.disable_progress_bar()
     set_seed(seed)
@@ -105,12 +106,12 @@ def _names(found: Mapping[str, Any], kind: str) -> set[str]:
     return {str(item[0] if isinstance(item, tuple) else item) for item in found.get(kind) or ()}
 
 
-def _check_keys(
-    base: Checkpoint, model: Any, new: frozenset[str], dropped: tuple[str, ...], *, as_it_is: bool
-) -> None:
+def _check_keys(base: Checkpoint, model: Any, new: frozenset[str], dropped: tuple[str, ...], *, as_it_is: bool) -> None:
     """Raise CheckpointError for a missing key of a backbone, or an odd one that is not another head's."""
     inner = f"{model.base_model_prefix}."
-    odd = sorted(new | set(dropped)) if as_it_is else sorted(name for name in dropped if name.startswith(inner))
+    # A classifier may lack its head, and the pooler that its base's pretraining had no use for.
+    lacking = {name for name in new if name.startswith(inner) and not name.startswith(f"{inner}pooler.")}
+    odd = sorted(new | set(dropped)) if as_it_is else sorted(lacking | {n for n in dropped if n.startswith(inner)})
     if odd:
         raise CheckpointError(
             f"{base.path}: transformers reports a missing or unexpected key, such as {odd[0]}; the weights and "

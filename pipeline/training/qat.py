@@ -13,8 +13,6 @@ import torch
 
 from pipeline.errors import RecipeError
 
-_DTYPES = {2: torch.int2, 3: torch.int3, 4: torch.int4, 8: torch.int8}
-
 
 def prepare(model: Any, grid: Mapping[str, Any], *, dense: Collection[str]) -> None:
     """Have every linear layer but the output head and those called `dense` compute with weights rounded to `grid`.
@@ -30,7 +28,7 @@ def prepare(model: Any, grid: Mapping[str, Any], *, dense: Collection[str]) -> N
     head = model.get_output_embeddings()
     try:
         shape = {"granularity": "per_channel"} if group == -1 else {"group_size": group}
-        config = IntxFakeQuantizeConfig(_DTYPES[bits], is_symmetric=symmetric, **shape)
+        config = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), is_symmetric=symmetric, **shape)
         quantize_(
             model,
             QATConfig(weight_config=config, step="prepare"),
@@ -38,6 +36,6 @@ def prepare(model: Any, grid: Mapping[str, Any], *, dense: Collection[str]) -> N
                 isinstance(module, torch.nn.Linear) and module is not head and name not in dense
             ),
         )
-    except (ValueError, TypeError, KeyError, AssertionError) as error:
+    except (ValueError, TypeError, AttributeError, AssertionError) as error:
         said = " ".join(str(error).split())[:200]
         raise RecipeError(f"train.method qat: torchao has no fake quantization for {bits} bits ({said})") from error

@@ -6,13 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from pipeline.checkpoint import Checkpoint, read_json
 from pipeline.errors import CheckpointError, DataError
-from pipeline.sections import LABELLED, Kind
+from pipeline.sections import LABELLED, Kind, ProjectorTask
 
 FILE = "task.json"
 _CLASSES: Mapping[str, Any] = {
@@ -28,12 +28,13 @@ _PEFT = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "tagged": "TOKEN_
 class Task:
     """`kind` is what the rows are; `classes` the names of their labels, in the order of the head's outputs.
 
-    `architecture` is the class that was trained, where it is not the checkpoint's own; `dropped` are the modules of the
+    Batches are padded with `pad_token`. `architecture` is the class that was trained, where it is not the checkpoint's own; `dropped` are the modules of the
     checkpoint that it has no place for, such as lm_head in a classifier.
     """
 
     kind: Kind
     classes: tuple[str, ...] | None = None
+    pad_token: int = 0
     architecture: str = ""
     dropped: tuple[str, ...] = ()
 
@@ -46,6 +47,12 @@ class Task:
     def model_class(self) -> Any:
         """Transformers' class that has the head for it."""
         return _CLASSES.get(self.kind, AutoModelForCausalLM)
+
+    @property
+    def projected(self) -> ProjectorTask:
+        """A projector's name for it."""
+        assert self.kind in get_args(ProjectorTask), f"{self.kind}: the plan refuses it"
+        return cast("ProjectorTask", self.kind)
 
     @property
     def peft_type(self) -> str:
@@ -71,6 +78,9 @@ class Task:
         """Have a config object say so too."""
         for name, value in self.config.items():
             setattr(config, name, {int(key): each for key, each in value.items()} if name == "id2label" else value)
+        text = config.get_text_config()
+        if text.pad_token_id is None:  # a decoder's classifier looks for the last token that is not this one
+            text.pad_token_id = self.pad_token
 
     def write(self, folder: Path) -> None:
         """Say in `folder` what was learned, for whoever merges it; nothing for a language model."""
@@ -86,15 +96,17 @@ class Task:
             found = read_json(folder / FILE)
             classes = tuple(found["classes"]) if found["classes"] else None
             return Task(
-                kind=found["kind"], classes=classes, architecture=found["architecture"], dropped=tuple(found["dropped"])
-            )
-        except (KeyError, TypeError) as error:
+                kind=found["kind"], classes=classes, pad_token=int(found["pad_token"]),
+                architecture=found["architecture"], dropped=tuple(found["dropped"]),
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder / FILE}: cannot be read ({error!r}); train again") from error
 
 
 def write_config(base: Checkpoint, task: Task, folder: Path) -> None:
     """Write the base's config.json, with what the task adds to it."""
-    text = json.dumps({**base.config, **task.config}, indent=2, ensure_ascii=False) + "\n"
+    padding = {} if task.language or base.config.get("pad_token_id") is not None else {"pad_token_id": task.pad_token}
+    text = json.dumps({**base.config, **task.config, **padding}, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, MissingTensor, NonFinite, UnsupportedFormat
 from pipeline.formats import awq
-from pipeline.stages import Job, upcast
+from pipeline.jobs import Job
+from pipeline.stages import upcast
 from tests.formats.groups import by_rows, pack_last, packed, quantized
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, MissingTensor, NonFinite, UnsupportedFormat
 from pipeline.formats import bnb_4bit
-from pipeline.stages import Job, upcast
+from pipeline.jobs import Job
+from pipeline.stages import upcast
 from tests.checkpoints import tiny_llama
 from tests.formats.groups import by_rows, packed, quantized
 

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from pipeline.errors import CheckpointError, MissingTensor, NonFinite, UnsupportedFormat
 from pipeline.formats import bnb_int8
-from pipeline.stages import Job, upcast
+from pipeline.jobs import Job
+from pipeline.stages import upcast
 from tests.checkpoints import tiny_llama
 from tests.formats.groups import packed, quantized
 

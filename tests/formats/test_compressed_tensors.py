@@ -18,8 +18,9 @@ from pipeline.catalog import FORMATS
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, MissingTensor, NonFinite, UnsupportedFormat
 from pipeline.formats import compressed_tensors
+from pipeline.jobs import Job
 from pipeline.sizes import dense_sizes
-from pipeline.stages import Job, upcast
+from pipeline.stages import upcast
 from tests.checkpoints import tiny_llama
 from tests.formats.groups import by_rows, pack_last, packed, quantized
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from pipeline.checkpoint import Checkpoint, Quantization
 from pipeline.errors import CheckpointError, MissingTensor, NonFinite, UnsupportedFormat
 from pipeline.formats import gptq
-from pipeline.stages import Job, upcast
+from pipeline.jobs import Job
+from pipeline.stages import upcast
 from tests.formats.groups import by_rows, pack_last, packed, quantized
 
 V2 = {"checkpoint_format": "gptq_v2"}

@@ -14,8 +14,9 @@ from pipeline.catalog import FORMATS
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, MissingTensor, NonFinite
 from pipeline.formats import mxfp4
+from pipeline.jobs import Job
 from pipeline.sizes import dense_sizes
-from pipeline.stages import Job, upcast
+from pipeline.stages import upcast
 from tests.formats.groups import by_rows, packed, quantized
 
 MXFP4 = quantized("mxfp4")

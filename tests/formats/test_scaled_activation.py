@@ -10,7 +10,8 @@ from torch import nn
 
 from pipeline.errors import UnsupportedFormat
 from pipeline.formats.scaled_activation import consumer, fold
-from pipeline.stages import Job, upcast
+from pipeline.jobs import Job
+from pipeline.stages import upcast
 
 TOKENS = {"vocab_size": 32, "bos_token_id": 0, "eos_token_id": 0}
 HEADS = {"num_hidden_layers": 1, "num_attention_heads": 2}

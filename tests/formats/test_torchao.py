@@ -14,8 +14,9 @@ from pipeline.catalog import FORMATS, TORCHAO_TENSORS, format_of
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, MissingTensor, NonFinite, UnsupportedFormat
 from pipeline.formats import torchao_
+from pipeline.jobs import Job
 from pipeline.sizes import dense_sizes
-from pipeline.stages import Job, upcast
+from pipeline.stages import upcast
 from tests.checkpoints import tiny_llama
 from tests.formats.groups import by_rows, packed, quantized
 

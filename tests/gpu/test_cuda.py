@@ -80,7 +80,8 @@ def test_dequantizing_on_the_device_gives_the_weights_of_the_cpu(root):
 @pytest.mark.parametrize("name", ["nf4", "int8", "gptq", "gptq desc_act", "awq", "fp8", "compressed-tensors int4"])
 def test_an_upcast_on_the_device_writes_the_bytes_of_the_cpu(name, tmp_path, monkeypatch):
     from benchmarks import synthetic
-    from pipeline.stages import Job, upcast
+    from pipeline.jobs import Job
+from pipeline.stages import upcast
     from pipeline.upcasting import stream
 
     synthetic.write(tmp_path / "source", name, synthetic.TINY)

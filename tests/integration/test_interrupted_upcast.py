@@ -18,7 +18,8 @@ from benchmarks.synthetic import Size, write
 from flows import cli
 from pipeline import progress
 from pipeline.errors import NoSpace
-from pipeline.stages import Job, upcast
+from pipeline.jobs import Job
+from pipeline.stages import upcast
 from tests.every_format import good
 from tests.integration.test_bad_input import digests, in_process, sentence
 from tests.integration.test_kill import GONE_SECONDS, alive

@@ -18,7 +18,8 @@ from pipeline.catalog import FORMATS, format_of
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import RequantError
 from pipeline.inspection import inspect
-from pipeline.stages import Job, upcast
+from pipeline.jobs import Job
+from pipeline.stages import upcast
 from tests.damaged import damage
 from tests.every_format import STANDING_FOR, good
 

@@ -15,7 +15,8 @@ from pipeline import progress
 from pipeline.checkpoint import Checkpoint
 from pipeline.digests import digest_shard
 from pipeline.errors import CheckpointError, NonFinite
-from pipeline.stages import Job, merge
+from pipeline.jobs import Job
+from pipeline.stages import merge
 from tests.checkpoints import tiny_llama
 from tests.training.runs import trained
 

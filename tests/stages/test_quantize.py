@@ -9,8 +9,9 @@ from pipeline import child
 from pipeline.catalog import FORMATS
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DataError, MissingLibrary, UnsupportedFormat
+from pipeline.jobs import Job
 from pipeline.sections import Data
-from pipeline.stages import Job, quantize
+from pipeline.stages import quantize
 from tests.checkpoints import tiny_llama
 
 NF4 = {"format": "bitsandbytes"}

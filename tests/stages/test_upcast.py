@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from pipeline import progress
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, MissingTensor, NonFinite, UnexpectedTensor, UnsupportedFormat
+from pipeline.jobs import Job
 from pipeline.skeleton import skeleton_of
-from pipeline.stages import Job, upcast
+from pipeline.stages import upcast
 from tests.checkpoints import tiny_llama, with_chat_template
 
 GPTQ = {"quant_method": "gptq", "bits": 8, "group_size": -1, "checkpoint_format": "gptq_v2", "sym": False}

@@ -6,8 +6,9 @@ import json
 
 import torch
 
+from pipeline.jobs import Job
 from pipeline.sections import Data
-from pipeline.stages import Job, train
+from pipeline.stages import train
 
 ARGUMENTS = {"max_steps": 6, "learning_rate": 5e-3, "per_device_train_batch_size": 2, "save_steps": 2}
 LORA = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.1}

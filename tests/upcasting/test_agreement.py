@@ -10,7 +10,7 @@ import transformers
 
 from pipeline import by_hand
 from pipeline.errors import InputError, ReloadMismatch
-from pipeline.stages import Job
+from pipeline.jobs import Job
 from pipeline.upcasting.agreement import FLOOR, Question, _rounded
 from tests.architectures import ARCHITECTURES
 from tests.checkpoints import tiny_tokenizer

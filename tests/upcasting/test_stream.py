@@ -138,7 +138,8 @@ def test_a_packed_module_has_one_digest_wherever_its_tensors_lie(tmp_path):
 PROGRAM = """
 import resource, sys
 from pathlib import Path
-from pipeline.stages import Job, upcast
+from pipeline.jobs import Job
+from pipeline.stages import upcast
 job = Job(inputs={"source": Path(sys.argv[1])}, options={"dtype": "bfloat16"}, workspace=Path(sys.argv[2]))
 list(upcast.run(Job(inputs={"source": Path(sys.argv[3])}, options=job.options, workspace=job.workspace)))
 def anonymous():

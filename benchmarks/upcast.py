@@ -149,7 +149,7 @@ def _copy(source: Path, out: Path, size: synthetic.Size) -> Work:
 
 def _requant(source: Path, out: Path, _: synthetic.Size) -> Work:
     from pipeline.jobs import Job
-from pipeline.stages import upcast
+    from pipeline.stages import upcast
 
     if (source / "model.gguf").exists():
         importlib.import_module("pipeline.upcasting.gguf")

@@ -28,8 +28,8 @@ _PEFT = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "tagged": "TOKEN_
 class Task:
     """`kind` is what the rows are; `classes` the names of their labels, in the order of the head's outputs.
 
-    Batches are padded with `pad_token`. `architecture` is the class that was trained, where it is not the checkpoint's own; `dropped` are the modules of the
-    checkpoint that it has no place for, such as lm_head in a classifier.
+    Batches are padded with `pad_token`. `architecture` is the class that was trained, where it is not the checkpoint's
+    own; `dropped` are the modules of the checkpoint that it has no place for, such as lm_head in a classifier.
     """
 
     kind: Kind

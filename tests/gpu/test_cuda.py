@@ -81,7 +81,7 @@ def test_dequantizing_on_the_device_gives_the_weights_of_the_cpu(root):
 def test_an_upcast_on_the_device_writes_the_bytes_of_the_cpu(name, tmp_path, monkeypatch):
     from benchmarks import synthetic
     from pipeline.jobs import Job
-from pipeline.stages import upcast
+    from pipeline.stages import upcast
     from pipeline.upcasting import stream
 
     synthetic.write(tmp_path / "source", name, synthetic.TINY)

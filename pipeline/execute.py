@@ -14,6 +14,7 @@ from pipeline import child, progress
 from pipeline.artifacts import Artifact, Store
 from pipeline.digests import digest_value
 from pipeline.errors import NoSpace
+from pipeline.evaluation.tasks import ENVIRONMENT
 from pipeline.jobs import Job
 from pipeline.manifest import Origin
 from pipeline.plan import Plan
@@ -26,6 +27,8 @@ STAGES = {
     "quantize": "pipeline.stages.quantize",
     "evaluate": "pipeline.stages.evaluate",
 }
+# Under the store's root: features of frozen backbones, which any later run may use, and what TensorBoard reads.
+FEATURES, LOGS = ".store/features", ".store/logs"
 # Imported once, before the first child is forked: a child then starts in a fifth of a second.
 PRELOAD = ("torch", "transformers", "transformers.models.auto.modeling_auto")
 TRAINING = ("peft", "transformers.trainer")
@@ -115,7 +118,9 @@ def _run(plan: Plan, step: Step, *, isolated: bool) -> dict[str, str]:
             }
         if not isolated:
             return work(task)
-        done: dict[str, str] = child.run("pipeline.execute:work", task, preload=preload(plan.source.model_type))
+        done: dict[str, str] = child.run(
+            "pipeline.execute:work", task, preload=preload(plan.source.model_type), environment=ENVIRONMENT
+        )
         return done
 
 
@@ -143,6 +148,8 @@ def _task(plan: Plan, step: Step, workspace: Path) -> Work:
         inputs=inputs,
         options=options,
         workspace=workspace,
+        cache=plan.store.root / FEATURES,
+        logs=plan.store.root / LOGS / name / workspace.name,
         data=step.data,
         trust_remote_code=plan.recipe.trust_remote_code,
     )

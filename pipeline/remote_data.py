@@ -38,6 +38,8 @@ def fetched_url(url: str) -> Path:
         files = _files(system, path, url)
     except DataError:
         raise
+    except FileNotFoundError as error:
+        raise DataError(f"{url}: no such file or folder; check the name") from error
     except Exception as error:  # each file system has errors of its own, not all of them OSError
         raise DataError(f"{url}: cannot be read ({_said(error)}); check the name and the credentials") from error
     key = sha256(json.dumps([url, sorted(files.items())]).encode()).hexdigest()[:20]
@@ -122,7 +124,7 @@ def _files(system: Any, path: str, url: str) -> Mapping[str, str]:
     if not found:
         raise DataError(f"{url}: no file of rows is there; the known suffixes are {', '.join(READERS)}")
     for name in found:
-        known_suffix(PurePosixPath(_base(name)))
+        known_suffix(PurePosixPath(name.partition("?")[0]))
     return {str(name): _tag(system, name) for name in found}
 
 

@@ -94,7 +94,7 @@ def kept_of(model: Any, rows: Sequence[Sequence[int]], *, sequence_length: int, 
 
 
 def head_rows(features: Features, labels: Sequence[Any], kept: Kept, *, tagging: bool, regression: bool) -> Rows:
-    """Rows for the loop; `labels` hold a class number or a number for each row, or for tagging a list of class numbers."""
+    """Rows for the loop; `labels` has a class number or a number for each row, or for tagging a list of the former."""
     if tagging:
         return tagged_rows(features, labels)
     flat = torch.tensor(labels, dtype=torch.float32 if regression else torch.int64)

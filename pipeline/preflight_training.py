@@ -74,6 +74,8 @@ def check_kinds(train: Train, kinds: Mapping[str, Kind], *, classifier: bool) ->
             f"train.data: holds {learned} rows, and method {train.method} learns from {' or '.join(sorted(fitting))}; "
             "name other rows or another method"
         )
+    if train.packing and train.arguments.get("use_cache"):
+        raise RecipeError("train.arguments: use_cache lets packed rows see each other; leave it out, or train.packing")
     if train.packing and learned in LABELLED:
         raise RecipeError(f"train.packing: is for conversations and prompts, the rows are {learned}; leave it out")
     expected = learned if learned in LABELLED else None

@@ -64,7 +64,7 @@ def attach(
 def _own(model: PeftModel) -> Iterator[str]:
     """The adapter's parameters and the copies of whole modules that train beside it."""
     for name, _ in model.named_parameters():
-        if f".{ADAPTER}." in name and ("lora_" in name or "modules_to_save" in name):
+        if ".lora_" in name or ".modules_to_save." in name:
             yield name
 
 

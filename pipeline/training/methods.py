@@ -14,9 +14,10 @@ import torch
 
 from pipeline.checkpoint import Checkpoint, copy_companions
 from pipeline.model_class import class_of
+from pipeline.packing import require_apart
 from pipeline.sections import Projector
 from pipeline.training import full, head, lora, qat
-from pipeline.training.model import Loaded, compute_dtype, head_names, load
+from pipeline.training.model import Loaded, compute_dtype, head_names, load, open_dense
 from pipeline.training.projected import write_projector
 from pipeline.training.projector import ProjectedModel, ProjectorLayer, describe, width_of
 from pipeline.training.task import Task, write_config
@@ -52,11 +53,15 @@ class Method:
 
     def ready(self, base: Checkpoint, task: Task, options: Options, *, device: str, trust_remote_code: bool) -> Ready:
         """The model of `base`, ready to train; the same options give the same one."""
+        if self.masters:
+            open_dense(base)
         own = class_of(base.config, trust_remote_code=trust_remote_code) if self.variant == "projector" else None
         loaded = load(
             base, task, dtype=self.dtype(base, device), seed=options["seed"], trust_remote_code=trust_remote_code,
             model_class=own,
         )  # fmt: skip
+        if options.get("packing"):
+            require_apart(loaded.model)
         return self.prepare(loaded, base, options)
 
 

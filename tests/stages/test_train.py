@@ -187,10 +187,12 @@ def test_wrong_rows_and_bases_are_refused_before_training(base, tmp_path):
         json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}})
     )
     with pytest.raises(UnsupportedFormat, match=r"is quantized \(gptq\), training stands on dense weights"):
-        trained(packed, tmp_path / "b")
+        trained(packed, tmp_path / "b", method="full")
+    with pytest.raises(CheckpointError, match=r"missing or unexpected key, such as model\.layers\.0"):
+        trained(packed, tmp_path / "d")
     wider = shutil.copytree(base, tmp_path / "wider")
     (wider / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(CheckpointError, match=r"missing keys, such as model\.layers\.2"):
+    with pytest.raises(CheckpointError, match=r"missing or unexpected key, such as model\.layers\.2"):
         trained(wider, tmp_path / "c", data=rows(tmp_path / "rows.jsonl"))
 
 

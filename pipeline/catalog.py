@@ -80,7 +80,8 @@ class Format:
 
 DENSE = Format(
     name="dense", title="bf16, fp16, fp32", methods=(), module="pipeline.formats.dense", markers=(), components=(),
-    bits=(16, 32), dequantize="copied or cast", train="full, LoRA", quantize="the upcast stage", reload="transformers",
+    bits=(16, 32), dequantize="copied or cast", train="every method", quantize="the upcast stage",
+    reload="transformers",
 )  # fmt: skip
 
 # torchao's tensor classes that keep one element in each place; its headers name a tensor's class.
@@ -100,21 +101,21 @@ FORMATS: dict[str, Format] = {
             name="bnb-4bit", title="bitsandbytes NF4, FP4", methods=("bitsandbytes",),
             module="pipeline.formats.bnb_4bit",
             markers=(".weight.absmax",), components=(".weight", ".weight.*"), bits=(4,),
-            dequantize="NF4, FP4, with and without double quantization", train="after upcast",
+            dequantize="NF4, FP4, with and without double quantization", train="adapters, heads; all after upcast",
             quantize="transformers + bitsandbytes",
             reload="transformers + bitsandbytes", libraries=("bitsandbytes",),
         ),
         Format(
             name="bnb-int8", title="bitsandbytes int8", methods=("bitsandbytes",), module="pipeline.formats.bnb_int8",
             markers=(".SCB",), components=(".weight", ".SCB", ".weight_format"), bits=(8,),
-            dequantize="row-major", train="after upcast", quantize="transformers + bitsandbytes",
+            dequantize="row-major", train="adapters, heads; all after upcast", quantize="transformers + bitsandbytes",
             reload="transformers + bitsandbytes", libraries=("bitsandbytes",), activations="int8",
         ),
         Format(
             name="gptq", title="GPTQ", methods=("gptq",), module="pipeline.formats.gptq",
             markers=(".qweight",), components=(".qweight", ".qzeros", ".scales", ".g_idx"), bits=(2, 3, 4, 8),
-            dequantize="v1 and v2, any group size, desc_act, symmetric or not", train="after upcast",
-            quantize="gptqmodel",
+            dequantize="v1 and v2, any group size, desc_act, symmetric or not",
+            train="adapters, heads; all after upcast", quantize="gptqmodel",
             reload="transformers + optimum + gptqmodel", libraries=("gptqmodel", "optimum"),
         ),
         Format(
@@ -122,7 +123,7 @@ FORMATS: dict[str, Format] = {
             markers=(".qweight",), components=(".qweight", ".qzeros", ".scales"), bits=(4,),
             layouts=("gemm", "exllama", "ipex"),  # the last two are kernels for what lies as GEMM
             otherwise="repack it with gptqmodel",
-            dequantize="GEMM, any group size", train="after upcast", quantize="gptqmodel",
+            dequantize="GEMM, any group size", train="adapters, heads; all after upcast", quantize="gptqmodel",
             reload="transformers + gptqmodel", libraries=("gptqmodel",),
         ),
         Format(
@@ -179,7 +180,7 @@ FORMATS: dict[str, Format] = {
                 ".q_scale", ".prob_output_scale", ".qscale_act",
             ),
             dequantize="e4m3 and e5m2; scales in blocks, by output or one in all; fused experts; FP4 experts",
-            train="after upcast", quantize="no", reload="transformers", activations="float8",
+            train="adapters, heads; all after upcast", quantize="no", reload="transformers", activations="float8",
         ),
         Format(
             name="modelopt", title="ModelOpt FP8, NVFP4", methods=("modelopt",), module="pipeline.formats.modelopt",

@@ -84,16 +84,16 @@ def _quantized_refusal(
             f"train.arguments: torch_compile does not work on a quantized base ({title}); leave it out, or use base "
             "dense, which upcasts first"
         )
-    if method in {"head", "projector"}:
-        return "" if engine == "features" else (
+    if method in {"head", "projector"} and engine != "features":
+        return (
             f"train.engine trainer: transformers' Trainer takes no quantized model without adapters ({title}); use "
             "engine features, or base dense, which upcasts first"
-        )  # fmt: skip
-    if not answer.adapters:
-        why = f" ({answer.reason})" if answer.reason else f" (transformers {answer.versions.get('transformers')})"
+        )
+    if answer.reason or (method == "lora" and not answer.adapters):
+        why = answer.reason or f"transformers {answer.versions.get('transformers')}"
         return (
-            f"train.method lora: the installed quantizer does not train on {title}{why}; use base dense, which upcasts "
-            "first, or base nf4"
+            f"train.method {method}: the installed quantizer does not train on {title} ({why}); use base dense, which "
+            "upcasts first, or base nf4"
         )
     return ""
 

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 from pipeline import preflight_training, trainability
+from pipeline.catalog import FORMATS
 from pipeline.errors import RecipeError
 from pipeline.plan import make_plan
 from pipeline.recipe import parse_recipe
 from pipeline.trainability import Answer, ask
 from tests.checkpoints import tiny_llama
-from tests.every_format import good
+from tests.every_format import STANDING_FOR, good
 
+PAGE = Path(__file__).parents[1] / "docs" / "training.md"
 RECIPE = """
 schema: 1
 name: bot
@@ -45,7 +47,9 @@ def _asked_here(monkeypatch):
 
 def source(root: Path, name: str) -> Path:
     folder = root / name.replace(" ", "-")
-    return folder if folder.exists() else good(folder, name)
+    if not folder.exists():
+        good(folder, name)
+    return folder / "model.gguf" if name == "gguf" else folder
 
 
 def plan(root: Path, name: str, *overrides: str):
@@ -54,23 +58,45 @@ def plan(root: Path, name: str, *overrides: str):
     return make_plan(parse_recipe(text, where="r.yaml", overrides=[each.format(root=root) for each in overrides]))
 
 
-@pytest.mark.parametrize("method", ["full", "qat"])
-@pytest.mark.parametrize("name", ["gptq", "awq", "nf4", "int8"])
-def test_quantized_weights_themselves_do_not_train(root, name, method):
-    targets = "quantize=[{{format: gptq, group_size: 32}}]" if method == "qat" else "seed=1"
+@pytest.mark.parametrize("name", ["gptq", "nf4"])
+def test_quantized_weights_themselves_do_not_train(root, name):
     with pytest.raises(RecipeError, match=r"trains the weights themselves.*use base dense, which upcasts first"):
-        plan(root, name, f"train.method={method}", "train.base=source", "calibration.data={root}/text.jsonl", targets)
+        plan(root, name, "train.method=full", "train.base=source")
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq", "nf4", "int8"])
-def test_adapters_train_on_what_the_installed_quantizer_trains_on(root, name):
-    assert plan(root, name, "train.base=source").step("train")
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "lora": ("train.method=lora",),
+    "head, projector (features)": ("train.method=head", "train.engine=features", "train.data={root}/labels.jsonl"),
+    "head, projector (trainer)": ("train.method=projector", "train.engine=trainer", "train.data={root}/labels.jsonl"),
+    "full": ("train.method=full",),
+    "qat": ("train.method=qat", "quantize=[{{format: gptq, group_size: 16}}]", "calibration.data={root}/text.jsonl"),
+}
 
 
-@pytest.mark.parametrize("name", ["auto-round", "mxfp4", "gemv", "modelopt", "hqq", "gguf"])
-def test_what_no_installed_library_trains_on_is_refused_with_the_way_that_works(root, name):
-    with pytest.raises(RecipeError, match="use base dense, which upcasts first"):
-        plan(root, name, "train.base=source")
+def cells() -> list[tuple[str, str, str]]:
+    """Format, method and what docs/training.md says of the two."""
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+    heading = next(row for row in rows if row[0] == "source")
+    return [(row[0], name, said) for row in rows if row[0] in FORMATS
+            for name, said in zip(heading[1:], row[1:], strict=True)]  # fmt: skip
+
+
+def test_the_page_speaks_of_every_format_and_method():
+    assert {name for name, _, _ in cells()} == FORMATS.keys()
+    assert {column for _, column, _ in cells()} == COLUMNS.keys()
+
+
+@pytest.mark.parametrize(("name", "column", "said"), cells())
+def test_a_cell_of_the_page_is_what_the_plan_says(root, name, column, said):
+    stands_for = STANDING_FOR[name][0]
+    assert plan(root, stands_for, *COLUMNS[column], "train.base=dense").step("train")
+    if said == "yes":
+        assert plan(root, stands_for, *COLUMNS[column], "train.base=source").step("train")
+    else:
+        assert said == "upcast"
+        with pytest.raises(RecipeError, match="upcast"):
+            plan(root, stands_for, *COLUMNS[column], "train.base=source")
 
 
 def test_the_quantizer_is_asked_not_a_table(root, monkeypatch):

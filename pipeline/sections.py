@@ -18,6 +18,9 @@ Engine = Literal["auto", "trainer", "features"]
 Kind = Literal[
     "text", "messages", "prompt_completion", "alpaca", "classification", "regression", "tagged", "pairs"
 ]  # fmt: skip
+ProjectorKind = Literal["linear", "mlp"]
+Pooling = Literal["last_token", "mean", "cls"]
+ProjectorTask = Literal["classification", "regression", "pairs"]
 LABELLED: frozenset[str] = frozenset({"classification", "regression", "tagged", "pairs"})
 
 
@@ -75,13 +78,13 @@ class Data(Section):
 class Projector(Section):
     """A small trained layer on pooled features of the backbone."""
 
-    kind: Literal["linear", "mlp"] = "linear"
+    kind: ProjectorKind = "linear"
     """`linear`: one matrix and a bias; `mlp`: two, with GELU between."""
     out_features: Annotated[int | None, Field(ge=1)] = None
     """Values that come out; left out: the number of labels, or for pairs the backbone's hidden size."""
     hidden_features: Annotated[int | None, Field(ge=1)] = None
     """Values between an mlp's two matrices; left out: the backbone's hidden size."""
-    pooling: Literal["last_token", "mean", "cls"] = "last_token"
+    pooling: Pooling = "last_token"
     """The positions whose hidden states become the feature: the last real token, all real tokens, the first."""
 
 

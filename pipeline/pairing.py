@@ -99,8 +99,7 @@ def check(folder: Path) -> None:
         if raw[name] != digest:
             what = "its weights were" if name == "backbone" else f"{WEIGHTS} was"
             raise CheckpointError(
-                f"{folder}: {what} changed since projector and backbone were sealed; "
-                "take both from the same artifact"
+                f"{folder}: {what} changed since projector and backbone were sealed; take both from the same artifact"
             )
 
 

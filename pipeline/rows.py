@@ -10,50 +10,21 @@ import csv
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, MissingLibrary
+from pipeline.row_kinds import Completion, Conversation, Labelled, Message, Pair, Row, Tagged, Text, kind_of
 from pipeline.sections import Data, Kind
+
+__all__ = [
+    "Completion", "Conversation", "Labelled", "Message", "Pair", "Row", "Tagged", "Text", "check_rows", "kind_of",
+    "lacks_chat_template", "read_rows",
+]  # fmt: skip
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
-    """A document; `place` says where it stands in its file, for errors."""
-
-    place: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conversation:
-    """Turns, at least one of them the assistant's."""
-
-    place: str
-    messages: tuple[Message, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """A prompt and what should follow it."""
-
-    place: str
-    prompt: str
-    completion: str
-
-
-Row = Text | Conversation | Completion
 Fields = Mapping[str, Any]
 
 
@@ -75,7 +46,7 @@ def check_rows(data: Data, *, limit: int | None) -> Kind:
     """Check the first `limit` rows (None: all) and say what they are; raise DataError where one is wrong."""
     kind: Kind = "text"
     for row in itertools.islice(read_rows(data), limit):
-        kind = _KINDS[type(row)]
+        kind = kind_of(row)
     return kind
 
 
@@ -181,7 +152,13 @@ def _kind_of(place: str, fields: Fields, data: Data) -> Kind:
         return "messages"
     if "prompt" in fields and "completion" in fields:
         return "prompt_completion"
+    if "anchor" in fields:
+        return "pairs"
+    if "tags" in fields:
+        return "tagged"
     if data.field in fields:
+        if data.label in fields:
+            return "regression" if isinstance(fields[data.label], float) else "classification"
         return "text"
     raise DataError(
         f"{place}: has the fields {_listed(fields)}, expected messages, prompt and completion, or {data.field}; "
@@ -221,12 +198,34 @@ def _completion(place: str, fields: Fields, _: Data) -> Completion:
     return Completion(place=place, prompt=prompt, completion=completion)
 
 
+def _classified(place: str, fields: Fields, data: Data) -> Labelled:
+    return Labelled(place=place, text=_string(place, fields, data.field), label=_field(place, fields, data.label))
+
+
+def _measured(place: str, fields: Fields, data: Data) -> Labelled:
+    label = float(_field(place, fields, data.label))
+    return Labelled(place=place, text=_string(place, fields, data.field), label=label)
+
+
+def _tagged(place: str, fields: Fields, _: Data) -> Tagged:
+    tokens, tags = tuple(_field(place, fields, "tokens")), tuple(map(str, _field(place, fields, "tags")))
+    return Tagged(place=place, tokens=tokens, tags=tags)
+
+
+def _pair(place: str, fields: Fields, _: Data) -> Pair:
+    anchor, positive = _string(place, fields, "anchor"), _string(place, fields, "positive")
+    return Pair(place=place, anchor=anchor, positive=positive, negative=fields.get("negative"))
+
+
 _PARSERS: dict[Kind, Callable[[str, Fields, Data], Row]] = {
     "text": _text,
     "messages": _conversation,
     "prompt_completion": _completion,
+    "classification": _classified,
+    "regression": _measured,
+    "tagged": _tagged,
+    "pairs": _pair,
 }
-_KINDS: dict[type[Row], Kind] = {Text: "text", Conversation: "messages", Completion: "prompt_completion"}
 
 
 def _field(place: str, fields: Fields, name: str) -> Any:

@@ -150,7 +150,7 @@ def evaluate(
                 variant=model, path=checkpoint.path.resolve(), reference=reference,
                 reference_path=beside.path.resolve() if beside else None, data=rows_of, sequence_length=sequence_length,
             )  # fmt: skip
-            scores.append(child.run("pipeline.evaluation.compare:compare", task, environment=ENVIRONMENT))
+            scores.append(child.run("pipeline.judging.compare:compare", task, environment=ENVIRONMENT))
     shown: list[dict[str, Any]] = [
         {
             "model": score.variant, "tokens": score.tokens, "perplexity": score.perplexity,

@@ -65,7 +65,7 @@ def nearest(anchors: Tensor, positives: Tensor, own: Tensor) -> tuple[Tensor, Te
         return torch.zeros(len(anchors), dtype=torch.int64), torch.full((len(anchors),), math.nan, dtype=torch.float64)
     units = functional.normalize(positives.double(), dim=-1)
     found, right = [], []
-    for block, mine in zip(anchors.split(_BLOCK), own.split(_BLOCK), strict=True):
+    for block, mine in zip(torch.split(anchors, _BLOCK), torch.split(own, _BLOCK), strict=True):
         cosines = functional.normalize(block.double(), dim=-1) @ units.T
         near = cosines >= cosines.amax(dim=-1, keepdim=True) - _TIED
         found.append(near.int().argmax(dim=-1))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pipeline import pairing
 from pipeline.checkpoint import read_json
 from pipeline.errors import DataError
-from pipeline.sections import LABELLED, Kind
+from pipeline.sections import LABELLED, Data, Kind
 
 Task = Literal["language", "classification", "regression", "tagging", "pairs"]
 
@@ -80,11 +80,17 @@ def classes_of(folder: Path) -> tuple[str, ...] | None:
     return None if task_of_config(config, named=str(folder)) in {"language", "regression"} else labels_of(config)
 
 
-def check_kind(kind: Kind, task: Task, *, data: str, named: str) -> None:
-    """Raise DataError where rows of such a kind say nothing of a model that answers so."""
+def kind_for(task: Task, kind: Kind, *, data: Data, named: str) -> Kind:
+    """What rows that look like `kind` are read as for a model of that task.
+
+    Whole numbers look like names of classes, and a regressor knows better. Raise DataError where rows of such a kind
+    say nothing of the model.
+    """
     if kind in ROWS_OF[task]:
-        return
+        return kind
+    if data.format == "auto" and (task, kind) == ("regression", "classification"):
+        return "regression"
     text = ", or read them as text with data.format" if task == "language" and kind in LABELLED else ""
     raise DataError(
-        f"{data}: holds {kind} rows, but {named} is a model for {task}; name rows of {_REMEDIES[task]}{text}"
+        f"{data.path}: holds {kind} rows, but {named} is a model for {task}; name rows of {_REMEDIES[task]}{text}"
     )

@@ -11,7 +11,7 @@ from pipeline.evaluation.tasks import Comparison
 from pipeline.gates import Scores
 from pipeline.judging import heads, language
 from pipeline.judging.question import Question
-from pipeline.model_task import Task, check_kind, task_of
+from pipeline.model_task import Task, kind_for, task_of
 from pipeline.rows import Row, kind_of, read_rows
 
 _JUDGES: Mapping[Task, Callable[[Question], Scores]] = {
@@ -45,8 +45,6 @@ def _rows(comparison: Comparison, task: Task) -> list[Row]:
     rows = read_rows(data)
     first = next(rows)
     kind = kind_of(first)
-    if data.format == "auto" and task == "regression" and kind == "classification":
-        # Whole numbers look like names of classes; the model knows better.
-        return list(read_rows(data.model_copy(update={"format": "regression"})))
-    check_kind(kind, task, data=data.path, named=comparison.variant)
+    if (wanted := kind_for(task, kind, data=data, named=comparison.variant)) != kind:
+        return list(read_rows(data.model_copy(update={"format": wanted})))
     return list(itertools.chain([first], rows))

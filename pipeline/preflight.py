@@ -11,6 +11,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DataError
 from pipeline.gguf_files import is_gguf
 from pipeline.recipe import Recipe
+from pipeline.reloadable import check_reload
 from pipeline.rows import check_rows, lacks_chat_template
 from pipeline.sizes import Sizes, check_target
 from pipeline.sources import open_source
@@ -32,6 +33,7 @@ def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> None:
         require_libraries(FORMATS["gguf"])
     for target in recipe.quantize:
         require_libraries(format_to(target))
+        check_reload(source, sizes, target)
         check_target(sizes, target)
     if recipe.train.method != "none":
         check_arguments(recipe.train.arguments, recipe.train.lora)

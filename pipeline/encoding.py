@@ -21,6 +21,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.errors import CheckpointError, DataError
+from pipeline.row_kinds import texts_of
 from pipeline.rows import Completion, Conversation, Row, Text
 
 IGNORED = -100
@@ -82,6 +83,8 @@ def encode_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> Sequence:
             return _conversation(row, tokenizer)
         case Completion():
             return _completion(row, tokenizer)
+        case _:
+            raise AssertionError(row)
 
 
 def padded(batch: list[Sequence], *, pad_token: int) -> dict[str, torch.Tensor]:
@@ -129,13 +132,13 @@ def _texts(rows: Iterable[Row]) -> Iterator[str]:
 
 
 def _row_tokens(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
-    """The tokens of every row, joined."""
+    """The tokens of every row, joined; of a labelled row, a tagged one and a pair, those of its texts."""
     rows = list(rows)
-    if all(isinstance(row, Text) for row in rows):
-        yield from _document_tokens(_texts(rows), tokenizer)
+    if any(isinstance(row, Conversation | Completion) for row in rows):
+        for row in rows:  # a conversation and a completion bring their own end
+            yield from encode_row(row, tokenizer).input_ids
         return
-    for row in rows:  # a conversation and a completion bring their own end
-        yield from encode_row(row, tokenizer).input_ids
+    yield from _document_tokens((text for row in rows for text in texts_of(row)), tokenizer)
 
 
 def _document_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:

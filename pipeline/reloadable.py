@@ -21,18 +21,18 @@ _NEITHER: Mapping[str, str] = {
     "gpt_bigcode": "transformers makes no packed layers of it",
     "gpt_neox": "gptqmodel calls its output head by another name",
     "falcon": "transformers makes no packed layers of it",
+    "mpt": "transformers does not find its layers",
     "phi3": "gptqmodel splits its fused layers, transformers does not",
     "modernbert": "gptqmodel cannot read its config",
 }
 _NO_AWQ: Mapping[str, str] = {
     "bloom": _SCALES,
     "gptj": _SCALES,
-    "mpt": _SCALES,
     "starcoder2": _SCALES,
     "gemma3": "gptqmodel cannot run its layers one by one",
     "gemma3_text": "gptqmodel cannot run its layers one by one",
 }
-_DECODER_LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
+_DECODER_LAYER = re.compile(r"(^|\.)(layers|h)\.\d+\.")
 
 
 def check_reload(dense: Checkpoint, sizes: Sizes, target: Target) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.gates import FIGURES, Scores
 from pipeline.outcome import Row
 from pipeline.plan import Plan
 
@@ -32,8 +33,12 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
 
 
 def result_rows(plan: Plan, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A row for each model: what it is, what was measured, how it was judged, where it lies."""
+    """A row for each model: what it is, what was measured, how it was judged, where it lies.
+
+    Each row has the figures that any of them has.
+    """
     shown = []
+    measured = figure_columns([row.scores for row in rows if row.scores])
     for row in rows:
         manifest, scores = row.artifact.manifest, row.scores
         shown.append(
@@ -42,11 +47,8 @@ def result_rows(plan: Plan, rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "version": row.artifact.version,
                 "bytes": manifest.nbytes,
                 "bits_per_weight": round(row.bits_per_weight, 2),
-                "perplexity": _finite(scores.perplexity if scores else None),
-                "perplexity_increase": _finite(scores.perplexity_increase if scores else None),
                 "reference": scores.reference if scores else None,
-                "kl_divergence": _finite(scores.kl_divergence if scores else None),
-                "top1_agreement": _finite(scores.top1_agreement if scores else None),
+                **figures(scores, measured),
                 "gate": row.gate,
                 "misses": list(row.verdict.misses) if row.verdict else [],
                 "aliases": [
@@ -58,6 +60,18 @@ def result_rows(plan: Plan, rows: Sequence[Row]) -> list[dict[str, Any]]:
             }
         )
     return shown
+
+
+def figure_columns(scores: Sequence[Scores]) -> tuple[str, ...]:
+    """The figures that were measured of one of the models at least, in the order in which they are shown."""
+    measured = {name for score in scores for name in score.figures}
+    return tuple(name for name in FIGURES if name in measured)
+
+
+def figures(scores: Scores | None, names: Sequence[str]) -> dict[str, float | str | None]:
+    """Those figures of a model, as JSON has them; None where one was not measured."""
+    found = scores.figures if scores else {}
+    return {name: _finite(found.get(name)) for name in names}
 
 
 def _finite(value: float | None) -> float | str | None:

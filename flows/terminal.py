@@ -128,23 +128,29 @@ def show_plan(rows: Sequence[Mapping[str, Any]]) -> None:
     print_table("plan", shown)
 
 
+# Figure → the head of its column and how it is written.
+FIGURE_COLUMNS = {
+    "perplexity": ("perplexity", ".2f"), "perplexity_increase": ("change", "+.1%"), "accuracy": ("accuracy", ".1%"),
+    "accuracy_drop": ("drop", ".1%"), "f1": ("F1", ".3f"), "root_mean_squared_error": ("error", ".4g"),
+    "error_increase": ("error change", "+.1%"), "kl_divergence": ("KL", ".4f"), "top1_agreement": ("top-1", ".1%"),
+}  # fmt: skip
+
+
+def figure(name: str, value: float | str | None) -> str:
+    """A figure as a person reads it: nothing where there is none, a word where it is not finite."""
+    return "" if value is None else value if isinstance(value, str) else format(value, FIGURE_COLUMNS[name][1])
+
+
 def show_results(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The models as a table, and where they lie."""
-
-    def figure(value: float | str | None, form: str) -> str:
-        return "" if value is None else value if isinstance(value, str) else format(value, form)
-
+    """The models as a table, with the figures that were measured, and where they lie."""
     shown = [
         {
             "variant": row["variant"],
             "version": row["version"],
             "size": size(row["bytes"]),
             "bits/weight": f"{row['bits_per_weight']:.2f}",
-            "perplexity": figure(row["perplexity"], ".2f"),
-            "change": figure(row["perplexity_increase"], "+.1%"),
             "against": row["reference"] or "",
-            "KL": figure(row["kl_divergence"], ".4f"),
-            "top-1": figure(row["top1_agreement"], ".1%"),
+            **{head: figure(name, row[name]) for name, (head, _) in FIGURE_COLUMNS.items() if name in row},
             "gate": row["gate"],
             "alias": ", ".join(row["aliases"]),
         }

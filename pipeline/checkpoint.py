@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipeline.companions import companions_in
 from pipeline.errors import CheckpointError, CorruptShard, MissingTensor, UnexpectedTensor, UnsafePath
 from pipeline.gguf_files import SUFFIX, is_gguf, open_parts, part_names
 from pipeline.headers import TensorInfo, read_header, read_metadata
@@ -18,13 +19,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 MODELOPT = "hf_quant_config.json"  # where ModelOpt's exporter says what config.json may leave out
-# What travels along unchanged, beside the weights: configs, tokenizer, chat template, licence, and the code of models
-# that bring their own (copied; it runs only where the recipe trusts it).
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "chat_templates/*.jinja")
-# Written anew by whoever writes weights, or of no meaning to the copy.
-NOT_COMPANIONS = frozenset(
-    {INDEX, "config.json", "quantize_config.json", "quant_config.json", "artifact.json", MODELOPT}
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,8 +287,7 @@ def _modelopt(folder: Path) -> dict[str, Any] | None:
 
 
 def _companions(folder: Path) -> tuple[str, ...]:
-    names = {path.relative_to(folder).as_posix() for pattern in COMPANIONS for path in folder.glob(pattern)}
-    kept = sorted(name for name in names - NOT_COMPANIONS if (folder / name).is_file())
+    kept = companions_in(folder, but=frozenset({INDEX, MODELOPT}))
     for name in kept:
         inside(folder, name)
-    return tuple(kept)
+    return kept

@@ -190,7 +190,7 @@ def _texts(rows: Iterable[Row]) -> Iterator[str]:
 
 
 def _row_tokens(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
-    """The tokens of every row, joined."""
+    """The tokens of every row, joined; of a labelled row, a tagged one and a pair, those of its texts."""
     rows = list(rows)
     if rows and isinstance(rows[0], (Conversation, Completion)):
         for row in rows:  # a conversation and a completion bring their own end

@@ -13,6 +13,7 @@ import torch
 from pipeline.catalog import Format, format_of, format_to, require_libraries
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import InputError
+from pipeline.reloadable import check_reload
 from pipeline.sizes import Sizes, check_target, dense_sizes, packed_modules
 from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target
 from pipeline.trainability import ask
@@ -87,7 +88,9 @@ def inspect(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Facts
         bytes_as_bfloat16=sizes.dense_bytes("bfloat16") if sizes else None,
         shards=len(checkpoint.shards),
         trainable=_trainable(checkpoint, trust_remote_code=trust_remote_code),
-        becomes={target.variant: _obstacle(target, sizes) for target in TARGETS} if sizes and not problems else {},
+        becomes={target.variant: _obstacle(checkpoint, target, sizes) for target in TARGETS}
+        if sizes and not problems
+        else {},
         dropped=dropped,
         problems=tuple(dict.fromkeys(problems)),
     )
@@ -118,9 +121,10 @@ def _bits(checkpoint: Checkpoint, row: Format, sizes: Sizes) -> dict[int, int]:
     return dict(sorted(counts.items()))
 
 
-def _obstacle(target: Target, sizes: Sizes) -> str:
+def _obstacle(checkpoint: Checkpoint, target: Target, sizes: Sizes) -> str:
     try:
         require_libraries(format_to(target))
+        check_reload(checkpoint, sizes, target)
         check_target(sizes, target)
     except InputError as error:
         return str(error)

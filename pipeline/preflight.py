@@ -13,6 +13,7 @@ from pipeline.gguf_files import is_gguf
 from pipeline.launcher import read_launch
 from pipeline.preflight_training import check_kinds, check_training, is_classifier
 from pipeline.recipe import Recipe
+from pipeline.reloadable import check_reload
 from pipeline.rows import check_rows, lacks_chat_template
 from pipeline.sections import Kind
 from pipeline.sizes import Sizes, check_target
@@ -38,6 +39,7 @@ def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> Kind | None:
         require_libraries(FORMATS["gguf"])
     for target in recipe.quantize:
         require_libraries(format_to(target))
+        check_reload(source, sizes, target)
         check_target(sizes, target)
     if recipe.train.method != "none":
         check_arguments(recipe.train.arguments, recipe.train.lora, launched=recipe.train.launcher.several)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.checkpoint import COMPANIONS, Checkpoint
+from pipeline.checkpoint import Checkpoint
+from pipeline.companions import COMPANIONS
 from pipeline.errors import CheckpointError
 from pipeline.gguf_files import SUFFIX, is_gguf
 

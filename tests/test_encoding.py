@@ -275,3 +275,20 @@ def test_a_folder_without_a_tokenizer_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(CheckpointError, match="its tokenizer does not load") as caught:
         load_tokenizer(tmp_path, trust_remote_code=False)
     assert "\n" not in str(caught.value)
+
+
+def test_labelled_rows_and_tagged_words_calibrate_on_their_text(tokenizer):
+    texts = [f"row {i} says something" for i in range(20)]
+    rows = [Text(place="", text=text) for text in texts]
+    labelled = [Labelled(place="", text=text, label="good") for text in texts]
+    tagged = [Tagged(place="", tokens=tuple(text.split()), tags=("A",) * 4) for text in texts]
+    samples = calibration_samples(rows, tokenizer, samples=4, length=16, seed=0)
+    assert torch.equal(calibration_samples(labelled, tokenizer, samples=4, length=16, seed=0), samples)
+    assert torch.equal(calibration_samples(tagged, tokenizer, samples=4, length=16, seed=0), samples)
+
+
+def test_pairs_calibrate_on_their_anchors_and_positives(tokenizer):
+    pair = Pair(place="", anchor="three", positive="four", negative=None)
+    samples = calibration_samples([pair] * 9, tokenizer, samples=1, length=24, seed=0)
+    said = tokenizer.decode(samples[0])
+    assert "three</s>four</s>three" in said

@@ -15,6 +15,7 @@ from pipeline.catalog import format_of, format_to, require_libraries
 from pipeline.errors import InputError
 from pipeline.preflight import open_model
 from pipeline.recipe import Recipe
+from pipeline.reloadable import check_reload
 from pipeline.rows import check_rows
 from pipeline.sections import Data, Dtype, Upcast
 from pipeline.sizes import check_target, dense_sizes
@@ -132,6 +133,7 @@ def quantize(
     sizes = dense_sizes(source, format_of(None))
     for target in targets:
         require_libraries(format_to(target))
+        check_reload(source, sizes, target)
         check_target(sizes, target)
     options = {
         "targets": [target.model_dump() for target in targets], "seed": seed,

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from flows.figures import size
+from flows.tables import figure_columns, figures
 from flows.terminal import OUT, print_json, print_table, showing_progress
 from pipeline.artifacts import Store
 from pipeline.catalog import format_of, require_libraries
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import InputError, one_line
+from pipeline.model_task import kind_for, task_of
 from pipeline.preflight import open_model
 from pipeline.rows import check_rows
-from pipeline.sections import Data
+from pipeline.sections import Data, Kind
 
 MOST_PROBLEMS = 10  # of a checkpoint that is no good at all, a screen tells enough
 Json = Annotated[bool, Parameter(name="--json", negative="")]
@@ -116,10 +118,18 @@ def evaluate(
     data: Path,
     reference: str | None = None,
     sequence_length: int = 512,
+    format: Literal["auto"] | Kind = "auto",  # noqa: A002 - what the recipe calls it
+    field: str = "text",
+    label: str = "label",
     store: str = "artifacts",
+    trust_remote_code: bool = False,
     json: Json = False,
 ) -> None:
-    """Measure perplexity on a file and, beside a reference, KL divergence and top-1 agreement.
+    """Measure models on a file, each by what it answers, and how far each is from a reference.
+
+    A language model has a perplexity; a classifier, a tagger and a projector of labels accuracy and F1; one of numbers
+    an error; one of pairs the accuracy of finding an anchor's positive. Beside a reference there are KL divergence and
+    agreement too.
 
     Parameters
     ----------
@@ -130,9 +140,17 @@ def evaluate(
     reference
         The model that the others are compared with.
     sequence_length
-        Tokens in a window; windows do not overlap.
+        Tokens in a window; windows do not overlap. Rows with labels must be shorter.
+    format
+        What a row is; `auto` reads it off the first row's fields.
+    field
+        The field that holds the text.
+    label
+        The field that holds the label.
     store
         The store that references are looked up in.
+    trust_remote_code
+        Whether Python files of the models may run.
     json
         Print one JSON document.
 
@@ -142,34 +160,38 @@ def evaluate(
 
     opened = {model: _open_loadable(model, Store.open(store)) for model in models}
     beside = _open_loadable(reference, Store.open(store)) if reference else None
-    rows_of = Data(path=str(data))
-    check_rows(rows_of, limit=None)
+    rows_of = Data(path=str(data), format=format, field=field, label=label)
+    _check_rows(rows_of, [*opened.values(), *([beside] if beside else [])])
     scores = []
     with showing_progress():
         for model, checkpoint in opened.items():
             task = Comparison(
                 variant=model, path=checkpoint.path.resolve(), reference=reference,
                 reference_path=beside.path.resolve() if beside else None, data=rows_of, sequence_length=sequence_length,
+                trust_remote_code=trust_remote_code,
             )  # fmt: skip
-            scores.append(child.run("pipeline.evaluation.compare:compare", task, environment=ENVIRONMENT))
+            scores.append(child.run("pipeline.judging.compare:compare", task, environment=ENVIRONMENT))
+    measured = figure_columns(scores)
+    counted = [name for name in ("rows", "tokens") if any(getattr(score, name) is not None for score in scores)]
     shown: list[dict[str, Any]] = [
-        {
-            "model": score.variant, "tokens": score.tokens, "perplexity": score.perplexity,
-            "perplexity_increase": score.perplexity_increase, "kl_divergence": score.kl_divergence,
-            "top1_agreement": score.top1_agreement,
-        }
+        {"model": score.variant, **{name: getattr(score, name) for name in counted}, **figures(score, measured)}
         for score in scores
-    ]  # fmt: skip
+    ]
     if json:
         print_json({"scores": shown})
-    else:
-        print_table(
-            str(data),
-            [
-                {key: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for key, v in row.items()}
-                for row in shown
-            ],
-        )
+        return
+    print_table(str(data), [{key: _figure(value) for key, value in row.items()} for row in shown])
+
+
+def _figure(value: float | str | None) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _check_rows(data: Data, models: list[Checkpoint]) -> None:
+    """Check every row, and that rows of their kind say something of each model, before any of them loads."""
+    kind = check_rows(data, limit=None)
+    for checkpoint in models:
+        kind_for(task_of(checkpoint.path), kind, data=data, named=str(checkpoint.path))
 
 
 def _open_loadable(model: str, store: Store) -> Checkpoint:

@@ -10,7 +10,9 @@ from typing import Any
 from pipeline import progress
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import StageFailed
+from pipeline.model_class import class_of
 from pipeline.quantization.folder import Order, Written, write_folder
+from pipeline.quantization.heads import kept_dense
 from pipeline.targets import BitsAndBytesTarget
 
 
@@ -34,9 +36,9 @@ def write(order: Order) -> Written:
 def _quantize(order: Order, parent: Checkpoint, target: BitsAndBytesTarget) -> dict[str, Any]:
     """Let the libraries write `scratch/made`; return the quantization_config that they wrote."""
     # On the CPU even where there is a GPU: the digest is then the same on both, and the model need not fit the GPU.
-    model = _model_class(parent).from_pretrained(
+    model = class_of(parent.config, trust_remote_code=order.trust_remote_code).from_pretrained(
         order.dense,
-        quantization_config=_config(target),
+        quantization_config=_config(target, kept_dense(parent, trust_remote_code=order.trust_remote_code)),
         device_map={"": "cpu"},
         dtype="auto",
         trust_remote_code=order.trust_remote_code,
@@ -49,29 +51,21 @@ def _quantize(order: Order, parent: Checkpoint, target: BitsAndBytesTarget) -> d
     return raw
 
 
-def _config(target: BitsAndBytesTarget) -> Any:
-    """The config of a target.
+def _config(target: BitsAndBytesTarget, dense: list[str] | None) -> Any:
+    """The config of a target, which keeps the modules `dense` as they are.
 
-    It names no `llm_int8_skip_modules`: naming some would end transformers' own rule, by which the output head and
+    None names no `llm_int8_skip_modules`: naming some would end transformers' own rule, by which the output head and
     whatever is tied to the embedding stay dense, when writing and when loading.
     """
     import torch
     from transformers import BitsAndBytesConfig
 
     if target.bits == 8:  # noqa: PLR2004 - eight bits
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=dense)
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=dense,
         bnb_4bit_quant_type=target.type or "nf4",
         bnb_4bit_use_double_quant=target.double_quant is not False,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-
-
-def _model_class(checkpoint: Checkpoint) -> Any:
-    """The class that config.json names, so that a classifier keeps its head, or else any causal language model."""
-    import transformers
-
-    named = getattr(transformers, str((checkpoint.config.get("architectures") or [""])[0]), None)
-    known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
-    return named if known else transformers.AutoModelForCausalLM

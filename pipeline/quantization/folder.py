@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline import pairing
 from pipeline.catalog import Format, format_to
 from pipeline.checkpoint import Checkpoint, copy_companions
 from pipeline.errors import NonFinite, ReloadMismatch
@@ -44,12 +45,17 @@ class Order:
     trust_remote_code: bool = False
 
     def begin(self) -> Checkpoint:
-        """Empty `scratch`, remove `out`, and open the parent; raise NonFinite where a weight of it is no number."""
+        """Empty `scratch`, remove `out`, and open the parent.
+
+        Raise NonFinite where a weight of it is no number, CheckpointError where a projector beside it is another's.
+        """
         for folder in (self.out, self.scratch):
             if folder.exists():
                 shutil.rmtree(folder)
         self.scratch.mkdir(parents=True)
         parent = Checkpoint.open(self.dense)
+        if pairing.is_projected(self.dense):
+            pairing.check(self.dense)
         # The libraries pack a NaN without a word: it becomes a code like any other.
         with ShardReader(parent) as reader:
             for name in parent.tensors:
@@ -76,8 +82,9 @@ def write_folder(
     """Write `order.out` from the parent and the library's folder `made`; `quantization` goes into its config.json.
 
     `scaled` says that the library folded scales into dense tensors too (AWQ): those that it changed are taken from it,
-    in the parent's dtype. Raise NonFinite for a NaN or infinity among them or the scales, ReloadMismatch where the
-    library's tensors are not the parent's, some of them packed.
+    in the parent's dtype. A projector beside the parent goes along, sealed to the new weights. Raise NonFinite for a
+    NaN or infinity among tensors or scales, ReloadMismatch where the library's tensors are not the parent's, some of
+    them packed.
     """
     row = format_to(order.target)
     packed = row.packed_modules(made.tensors)
@@ -99,6 +106,8 @@ def write_folder(
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (order.out / "config.json").write_text(text, encoding="utf-8")
     copy_companions(parent.path, order.out)
+    if pairing.is_projected(order.out):
+        pairing.seal(order.out)
     return _written(parent, Checkpoint.open(order.out), row)
 
 

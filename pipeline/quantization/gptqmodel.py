@@ -16,7 +16,9 @@ from typing import Any
 from pipeline import progress
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import StageFailed
+from pipeline.model_class import class_of
 from pipeline.quantization.folder import Order, Written, write_folder
+from pipeline.quantization.heads import is_classifier, kept_dense
 from pipeline.targets import AWQTarget, GPTQTarget
 
 # Must be there before gptqmodel is imported: with its own count it stops on a machine of two cores.
@@ -35,12 +37,16 @@ def write(order: Order) -> Written:
     assert isinstance(order.target, GPTQTarget | AWQTarget)
     assert order.calibration, "GPTQ and AWQ are calibrated"
     parent = order.begin()
+    head = kept_dense(parent, trust_remote_code=order.trust_remote_code)
     with contextlib.chdir(order.scratch):  # it writes logs into the current folder
         raw = _quantize(order, parent, order.target)
     made = Checkpoint.open(order.scratch / "made")
     kept = {key: raw[key] for key in CONFIG_KEYS if key in raw}
     kept["meta"] = {"quantizer": raw["meta"]["quantizer"]}
-    return write_folder(order, parent, made, quantization=kept, scaled=isinstance(order.target, AWQTarget))
+    awq = isinstance(order.target, AWQTarget)
+    if awq and head:  # transformers makes every other linear layer of the model an AWQ layer
+        kept["modules_to_not_convert"] = head
+    return write_folder(order, parent, made, quantization=kept, scaled=awq)
 
 
 def _quantize(order: Order, parent: Checkpoint, target: GPTQTarget | AWQTarget) -> Mapping[str, Any]:
@@ -48,12 +54,18 @@ def _quantize(order: Order, parent: Checkpoint, target: GPTQTarget | AWQTarget) 
     import torch
     import transformers
     from gptqmodel import BACKEND, GPTQModel
+    from gptqmodel.models.auto import check_and_get_model_definition
 
     transformers.set_seed(order.seed)
     cuda = torch.cuda.is_available()
     awq = isinstance(target, AWQTarget)
     if awq and not cuda:
         _multiply_in_float32(torch.nn)
+    model_class = class_of(parent.config, trust_remote_code=order.trust_remote_code)
+    if is_classifier(model_class):
+        # It would load a causal language model, whose output head is random and in the way of the classifier's.
+        definition = check_and_get_model_definition(str(order.dense), trust_remote_code=order.trust_remote_code)
+        definition.loader = model_class
     model = GPTQModel.load(
         str(order.dense),
         _config(target, "cuda:0" if cuda else "cpu"),

@@ -12,6 +12,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import UnsupportedFormat
 from pipeline.quantization import gptqmodel
 from pipeline.quantization.folder import Order, Written
+from pipeline.reloadable import check_reload
 from pipeline.sizes import check_target, dense_sizes
 from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target
 
@@ -31,6 +32,7 @@ def check(dense: Checkpoint, targets: Iterable[Target]) -> None:
     sizes = dense_sizes(dense, DENSE)
     for target in targets:
         require_libraries(format_to(target))
+        check_reload(dense, sizes, target)
         check_target(sizes, target)
 
 

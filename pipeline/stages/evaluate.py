@@ -28,7 +28,7 @@ def run(job: Job) -> Iterator[Output]:
             sequence_length=job.options["sequence_length"],
             trust_remote_code=job.trust_remote_code,
         )
-        scores.append(child.run("pipeline.evaluation.compare:compare", task, environment=ENVIRONMENT))
+        scores.append(child.run("pipeline.judging.compare:compare", task, environment=ENVIRONMENT))
     folder = job.workspace / "out"
     folder.mkdir(exist_ok=True)
     write_report(folder, scores)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pipeline import progress
+from pipeline import pairing, progress
 from pipeline.catalog import format_of
 from pipeline.checkpoint import QUANTIZATION_KEYS, Checkpoint, copy_companions, read_json
 from pipeline.digests import digest_value
@@ -37,6 +37,8 @@ def run(job: Job) -> Iterator[Output]:
     architecture needs, NonFinite where a weight comes out NaN or infinite.
     """
     checkpoint = Checkpoint.open(job.inputs["source"])
+    if pairing.is_projected(checkpoint.path):
+        pairing.check(checkpoint.path)
     row = format_of(checkpoint.quantization)
     dtype = job.options["dtype"]
     with laid_out(checkpoint, row, dtype=DTYPES[dtype], trust_remote_code=job.trust_remote_code) as layout:
@@ -50,6 +52,8 @@ def run(job: Job) -> Iterator[Output]:
                 progress.step("upcast", done=kept + done, total=total, unit="tensors")
         _write_config(layout.described, out, dtype)
         copy_companions(layout.described, out)
+    if pairing.is_projected(out):
+        pairing.seal(out)
     packed = sum(piece.group.packed for piece in layout.pieces)
     yield Output(
         variant="dense",

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 
-def logits(folder: Path, dtype: str) -> dict[str, Any]:
-    """The loading report of transformers, the modules it made, and the logits of a fixed row of tokens, in float32."""
+def logits(folder: Path, dtype: str, rows: int = 1) -> dict[str, Any]:
+    """The loading report of transformers, the modules it made, and the logits of fixed rows of tokens, in float32."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    AutoTokenizer.from_pretrained(folder)
+    named = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    model, report = getattr(transformers, named).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = torch.stack([torch.arange(3 + i, 35 + i) for i in range(rows)])
     with torch.no_grad():
-        found = model.eval()(torch.arange(3, 35)[None]).logits.float()
+        found = model.eval()(tokens).logits.float()
     return {
         "report": {kind: sorted(map(str, keys)) for kind, keys in report.items()},
         "modules": {name: type(module).__name__ for name, module in model.named_modules()},

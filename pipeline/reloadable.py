@@ -1,0 +1,57 @@
+"""Which architectures transformers reloads from which format, so that none is quantized for hours and then refused.
+
+Each row was run with gptqmodel 7.6 and transformers 5.23: what it says is what the library did. bitsandbytes reloads
+every one of them; it keeps fused experts dense.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import UnsupportedFormat
+from pipeline.sizes import Sizes
+from pipeline.targets import AWQTarget, GPTQTarget, Target
+
+_SCALES = "transformers expects scales of its activations, which gptqmodel does not write"
+# model_type → what goes wrong.
+_NEITHER: Mapping[str, str] = {
+    "gpt2": "its layers keep their weights transposed, which gptqmodel's layers do not",
+    "gpt_bigcode": "transformers makes no packed layers of it",
+    "gpt_neox": "gptqmodel calls its output head by another name",
+    "falcon": "transformers makes no packed layers of it",
+    "mpt": "transformers does not find its layers",
+    "phi3": "gptqmodel splits its fused layers, transformers does not",
+    "modernbert": "gptqmodel cannot read its config",
+}
+_NO_AWQ: Mapping[str, str] = {
+    "bloom": _SCALES,
+    "gptj": _SCALES,
+    "starcoder2": _SCALES,
+    "gemma3": "gptqmodel cannot run its layers one by one",
+    "gemma3_text": "gptqmodel cannot run its layers one by one",
+}
+_DECODER_LAYER = re.compile(r"(^|\.)(layers|h)\.\d+\.")
+
+
+def check_reload(dense: Checkpoint, sizes: Sizes, target: Target) -> None:
+    """Raise UnsupportedFormat where a target of this architecture would be written in vain.
+
+    `dense` is what is quantized or what it is made from, `sizes` its dense shapes.
+    """
+    if not isinstance(target, GPTQTarget | AWQTarget):
+        return
+    kind = dense.model_type
+    why = _NEITHER.get(kind) or (_NO_AWQ.get(kind) if isinstance(target, AWQTarget) else None)
+    if why is None and any(".experts." in f"{name}." for name in sizes.shapes):
+        why = "transformers joins the experts of a layer, and finds none of those that are packed one by one"
+    # A GGUF file calls its layers otherwise, whatever the architecture.
+    decoder = dense.is_gguf or any(_DECODER_LAYER.search(name) for name in sizes.linears)
+    if why is None and (dense.config.get("is_encoder_decoder") or not decoder):
+        why = "it is no decoder, and gptqmodel packs the layers of decoders"
+    if why:
+        raise UnsupportedFormat(
+            f"{target.variant}: {kind or 'this architecture'} cannot be reloaded from {target.format} ({why}); "
+            "quantize to bitsandbytes"
+        )

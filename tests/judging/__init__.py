@@ -1,0 +1,1 @@
+"""What compare says of models of each kind."""

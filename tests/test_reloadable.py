@@ -1,0 +1,74 @@
+"""What no library reloads is refused before it is quantized, by what config.json and the headers say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+
+from pipeline.catalog import DENSE
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import UnsupportedFormat
+from pipeline.reloadable import check_reload
+from pipeline.sizes import dense_sizes
+from pipeline.targets import parse_target
+from tests.checkpoints import tiny_llama
+from tests.classifiers import SIDES, tiny_head
+
+
+def check(folder, target):
+    checkpoint = Checkpoint.open(folder)
+    check_reload(checkpoint, dense_sizes(checkpoint, DENSE), parse_target(target))
+
+
+def gpt2(folder):
+    keys = {"vocab_size": 256, "n_embd": 128, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(**keys)).save_pretrained(folder)
+
+
+def mixtral(folder):
+    MixtralForCausalLM(MixtralConfig(**SIDES, num_key_value_heads=2, num_local_experts=2)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("target", ["gptq", "awq"])
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda f: tiny_head(f, "BertForSequenceClassification"), "bert cannot be reloaded .*it is no decoder"),
+        (lambda f: tiny_head(f, "BertForTokenClassification"), "bert cannot be reloaded"),
+        (lambda f: tiny_head(f, "RobertaForSequenceClassification"), "roberta cannot be reloaded .*it is no decoder"),
+        (gpt2, "gpt2 cannot be reloaded .* transposed"),
+        (mixtral, "mixtral cannot be reloaded .* experts"),
+    ],
+)
+def test_gptq_and_awq_of_what_does_not_reload_are_refused_and_bitsandbytes_is_not(tmp_path, make, said, target):
+    make(tmp_path)
+    with pytest.raises(UnsupportedFormat, match=rf"{target}-4bit: {said}.*; quantize to bitsandbytes$"):
+        check(tmp_path, target)
+    check(tmp_path, "nf4")
+    check(tmp_path, "int8")
+
+
+@pytest.mark.parametrize("target", ["gptq", "awq", "nf4", "int8"])
+def test_decoders_and_their_classifiers_are_let_through(tmp_path, target):
+    check(tiny_llama(tmp_path / "llama", layers=1), target)
+    check(tiny_head(tmp_path / "head", "LlamaForSequenceClassification"), target)
+    check(tiny_head(tmp_path / "tags", "LlamaForTokenClassification"), target)
+
+
+def test_awq_alone_is_refused_where_activations_would_need_scales(tmp_path):
+    folder = tiny_llama(tmp_path, layers=1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "bloom"}))
+    check(folder, "gptq")
+    with pytest.raises(UnsupportedFormat, match=r"awq-4bit: bloom .*scales of its activations"):
+        check(folder, "awq")
+
+
+def test_an_encoder_with_a_decoder_is_refused(tmp_path):
+    folder = tiny_llama(tmp_path, layers=1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "is_encoder_decoder": True}))
+    with pytest.raises(UnsupportedFormat, match="no decoder"):
+        check(folder, "gptq")

@@ -16,6 +16,8 @@ ARGUMENTS = {"max_steps": 6, "learning_rate": 0.05, "per_device_train_batch_size
 
 @dataclass(frozen=True)
 class Row:
+    """Token ids and their class."""
+
     input_ids: list[int]
     target: int
 

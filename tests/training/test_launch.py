@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline import progress
 from pipeline.errors import RecipeError, StageDied, StageFailed
 from pipeline.launcher import Launch
 from pipeline.training.launch import launch
+from tests.training import small
 
 CALLS = "tests.training.calls:"
 TWO = Launch(processes=2)
@@ -68,6 +70,14 @@ def test_fsdp_without_a_gpu_is_refused_where_accelerate_would_leave_it_out_witho
         launch(f"{CALLS}meet", {}, settings=Launch(processes=2, fsdp=True), folder=tmp_path, cpu=True)
 
 
+def test_a_mean_over_rows_is_one_over_those_of_both_processes(tmp_path):
+    """Trainer would take a model's word that it divides by the labels of all processes, and double its gradient."""
+    one = small.run(tmp_path / "one", given={"optim": "sgd", "learning_rate": 0.1})
+    two = launch(f"{CALLS}train_small", {"folder": str(tmp_path / "two")}, settings=TWO, folder=tmp_path, cpu=True)
+    for name, tensor in one.model.state_dict().items():
+        assert torch.allclose(torch.tensor(two[name]), tensor, atol=1e-6), name
+
+
 PARENT = f"""
 import sys
 from pathlib import Path
@@ -95,7 +105,7 @@ def _until(condition, seconds):
 
 
 def test_every_process_and_the_launcher_end_with_a_parent_that_is_killed(tmp_path):
-    """torch puts each process into a session of its own, where the death of the parent's group does not reach it."""
+    """Torch puts each process into a session of its own, where the death of the parent's group does not reach it."""
     with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), "2"]) as parent:
         notes = [tmp_path / str(rank) for rank in range(2)]
         assert _until(lambda: all(note.exists() and note.read_text() for note in notes), 120)

@@ -155,7 +155,7 @@ def test_a_resume_file_with_code_in_it_runs_nothing_even_where_its_digest_matche
     with (checkpoint / name).open("wb") as file:
         torch.save(Exploit(evidence), file)
     mark_complete(checkpoint)
-    with pytest.raises(pickle.UnpicklingError, match="[Ww]eights.only"):
+    with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights.only"):
         run(tmp_path / "work")
     assert not evidence.exists()
 

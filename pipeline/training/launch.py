@@ -38,14 +38,11 @@ def launch(function: str, request: Mapping[str, Any], *, settings: Launch, folde
     without one they are on CPUs anyway, over gloo. Files of the call itself go to `folder`.
 
     Raise the first RequantError of any process; StageFailed for any other exception; OutOfMemory where the kernel
-    killed one for memory, StageDied where one ended without a word otherwise; RecipeError for FSDP without a GPU.
+    killed one for memory, StageDied where one ended without a word otherwise; RecipeError for processes that lack
+    a GPU.
     """
     cpu = cpu or not torch.cuda.is_available()
-    if settings.fsdp and cpu:
-        raise RecipeError(
-            "train.launcher.config: accelerate shards a model (FSDP) only among GPUs, and none is used here; choose "
-            "distributed_type MULTI_CPU"
-        )
+    _check_devices(settings, cpu=cpu)
     folder.mkdir(parents=True, exist_ok=True)
     call = folder / "call.json"
     call.write_text(json.dumps({"function": function, "request": request}), encoding="utf-8")
@@ -73,6 +70,19 @@ def launch(function: str, request: Mapping[str, Any], *, settings: Launch, folde
             started.kill()
             started.wait()
     return result
+
+
+def _check_devices(settings: Launch, *, cpu: bool) -> None:
+    if settings.fsdp and cpu:
+        raise RecipeError(
+            "train.launcher.config: accelerate shards a model (FSDP) only among GPUs, and none is used here; choose "
+            "distributed_type MULTI_CPU"
+        )
+    if not cpu and settings.processes > (devices := torch.cuda.device_count()):
+        raise RecipeError(
+            f"train.launcher: {settings.processes} processes need a GPU each, and {devices} is here; lower "
+            "train.launcher.processes, or set train.arguments.use_cpu"
+        )
 
 
 def _command(settings: Launch, folder: Path, *, cpu: bool) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -31,6 +31,7 @@ from pipeline.training.checks import (
     trainable_names,
 )
 from pipeline.training.frozen import check_frozen, frozen_digests
+from pipeline.training.loop import SampleLoss, WatchedTrainer
 from pipeline.training.memory import MicroBatch, is_out_of_memory, known_micro_batch, release, shrink
 from pipeline.training.model import check_finite
 from pipeline.training.resume import Resumable, resume_point
@@ -129,8 +130,9 @@ def _attempt(build: Build, course: Course, arguments: TrainingArguments) -> Trai
     check_labels(course.examples, sample)
     _say_beginning(course, counts)
     record = Record(Path(str(arguments.output_dir)))
-    losses, reached = _SampleLoss(sample, record), Reached(names, record)
+    losses, reached = SampleLoss(sample, record), Reached(names, record)
     trainer = _trainer(model, course, arguments, [losses, reached])
+    _settle_mean(trainer, sample[0])
     sealed = _seal(trainer, course, sample)
     trainer.train(resume_from_checkpoint=resume_point(arguments))
     reached.check(names)
@@ -149,7 +151,7 @@ def _attempt(build: Build, course: Course, arguments: TrainingArguments) -> Trai
     return trained
 
 
-def _result(whole: Any, trainer: _Trainer, course: Course, counts: Counts, losses: _SampleLoss) -> Trained:
+def _result(whole: Any, trainer: WatchedTrainer, course: Course, counts: Counts, losses: SampleLoss) -> Trained:
     history = trainer.state.log_history
     logged = [entry["loss"] for entry in history if "loss" in entry][-LAST_LOSSES:]
     validation = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
@@ -165,78 +167,12 @@ def _result(whole: Any, trainer: _Trainer, course: Course, counts: Counts, losse
     )
 
 
-class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
-    """Trainer, which measures throughput, evaluates without a trace, and stops where it has nothing left to do."""
-
-    meter: Meter
-
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Note what goes through."""
-        self.meter.count(inputs)
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        return loss
-
-    def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, None, None]:
-        """The loss alone, asked for as in training: Trainer would look for labels by name."""
-        with torch.no_grad():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
-
-    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        """Evaluate, and leave the random state alone: a run resumed at an epoch's end has not evaluated."""
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            found: dict[str, float] = super().evaluate(*arguments, **options)
-        return found
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add throughput and memory, for every reporter to see."""
-        if "loss" in logs:
-            logs |= self.meter.figures()
-        super().log(logs, start_time)
-
-    def _run_epoch(self, **options: Any) -> None:
-        """Do nothing where a run resumed after its last step: Trainer would take one more."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**options)
-
-
-class _SampleLoss(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """The sample's loss before the first step, kept for a run that resumes, and after the last.
-
-    Measured where the model is on its device and wrapped as it trains; under FSDP every process must take part.
-    """
-
-    def __init__(self, batches: list[Batch], record: Record) -> None:
-        self._batches, self._record = batches, record
-        self.before = self.after = float("nan")
-
-    def on_train_begin(
-        self, args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **found: Any
-    ) -> None:
-        """Measure the loss, or read what was measured before a kill."""
-        if (kept := self._record.get("loss_before")) is not None:
-            self.before = kept
-            return
-        self.before = loss_of(found["model"], self._batches, device=args.device)
-        check_loss(self.before)
-        self._record.put(loss_before=self.before)
-
-    def on_train_end(
-        self, args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **found: Any
-    ) -> None:
-        """Measure it again."""
-        self.after = loss_of(found["model"], self._batches, device=args.device)
-
-
-def _trainer(model: Any, course: Course, arguments: TrainingArguments, checks: list[TrainerCallback]) -> _Trainer:
+def _trainer(model: Any, course: Course, arguments: TrainingArguments, checks: list[TrainerCallback]) -> WatchedTrainer:
     on_clock = arguments.save_strategy == "no"
     # The checks' own notes of a step are written before the marker that makes its checkpoint whole.
     callbacks = [Events(), *checks, Resumable(on_clock=on_clock), *course.callbacks]
     with tensorboard_in(course.logs):
-        trainer = _Trainer(
+        trainer = WatchedTrainer(
             model=model,
             args=arguments,
             train_dataset=list(course.examples),
@@ -246,6 +182,11 @@ def _trainer(model: Any, course: Course, arguments: TrainingArguments, checks: l
         )
     trainer.meter = Meter()
     trainer.remove_callback(PrinterCallback)  # the engine never prints
+    if arguments.fsdp and not trainer.is_fsdp_enabled:
+        raise RecipeError(
+            "train.arguments: fsdp shards a model only among GPUs, and none is used here; leave it out, and the "
+            "processes share the rows alone"
+        )
     say_where(arguments.report_to, course.logs)
     return trainer
 
@@ -268,7 +209,23 @@ def _batches(course: Course, arguments: TrainingArguments) -> list[Batch]:
     return [course.collate(sample[start : start + size]) for start in range(0, len(sample), size)]
 
 
-def _seal(trainer: _Trainer, course: Course, sample: list[Batch]) -> dict[str, str]:
+def _settle_mean(trainer: WatchedTrainer, batch: Batch) -> None:
+    """Find out whether the model divides its loss by the count that Trainer hands it; have the trainer do it if not.
+
+    Trainer believes any model whose forward takes further names. Classifiers and regressors do, and ignore the count:
+    their gradient would be as many times too large as there are micro-batches in an update, and processes.
+    """
+    heeds = False
+    if trainer.model_accepts_loss_kwargs and processes.is_main():
+        device = next(trainer.model.parameters()).device
+        counts = ({**batch, "num_items_in_batch": torch.tensor(count)} for count in (1.0, 2.0))
+        one, two = (loss_of(trainer.model, [counted], device=device) for counted in counts)
+        heeds = one != two
+    trainer.heeds_count = bool(processes.from_main(int(heeds)))
+    trainer.model_accepts_loss_kwargs = True
+
+
+def _seal(trainer: WatchedTrainer, course: Course, sample: list[Batch]) -> dict[str, str]:
     """The digests of what is frozen, in the process that can look at it afterwards."""
     if not processes.is_main():
         return {}
@@ -277,7 +234,7 @@ def _seal(trainer: _Trainer, course: Course, sample: list[Batch]) -> dict[str, s
     return frozen_digests(trainer.model, changing=course.expected.changing)
 
 
-def _whole(trainer: _Trainer, build: Build) -> Any:
+def _whole(trainer: WatchedTrainer, build: Build) -> Any:
     """The model with all its weights in the main process; FSDP's parts are gathered into a model built afresh."""
     if not trainer.is_fsdp_enabled:
         return trainer.model

@@ -20,11 +20,12 @@ def rows(path, count=60):
     return Data(path=str(path))
 
 
-def training_job(base, workspace, *, method="lora", lora=None, data=None, seed=5, **arguments):
+def training_job(base, workspace, *, method="lora", lora=None, data=None, seed=5, launcher=None, **arguments):
     """Six steps on sequences of 32 tokens."""
     workspace.mkdir(parents=True, exist_ok=True)
     options = {
         "method": method, "sequence_length": 32, "lora": lora or LORA, "arguments": ARGUMENTS | arguments, "seed": seed,
+        **({"launcher": launcher} if launcher else {}),
     }  # fmt: skip
     data = data or rows(workspace / "rows.jsonl")
     return Job(inputs={"base": base}, options=options, workspace=workspace, data={"train": data})

@@ -1,0 +1,36 @@
+"""What a stage's task run shows of the stage's events."""
+
+from __future__ import annotations
+
+import logging
+
+from flows import tasks
+from pipeline import progress
+from pipeline.recipe import parse_recipe
+
+RECIPE = parse_recipe("name: bot\nsource: model\n", where="r")
+
+
+def test_figures_that_come_one_by_one_are_one_line_of_the_log_and_stand_beside_the_bar(caplog, monkeypatch):
+    bars = []
+    monkeypatch.setattr(tasks, "UPDATE_SECONDS", 0.0)
+    monkeypatch.setattr(tasks, "create_progress_artifact", lambda **given: bars.append(given) or "bar")
+    monkeypatch.setattr(tasks, "update_progress_artifact", lambda **given: bars.append(given))
+    caplog.set_level(logging.INFO)
+    sink = tasks.PrefectSink(RECIPE, logging.getLogger("task"))
+    with progress.shown_by(sink):
+        progress.step("train", done=1, total=4, unit="steps")
+        progress.metric("train", "loss", 2.5)
+        progress.metric("train", "learning_rate", 1e-4)
+        progress.step("train", done=2, total=4, unit="steps")
+        progress.metric("train", "loss", 2.25)
+        progress.metric("train", "loss", 2.0)
+        progress.message("train", "trained 4 steps")
+        progress.metric("train", "loss", 1.75)
+    sink.flush()
+    assert [record.getMessage() for record in caplog.records] == [
+        "train: loss 2.5, lr 1.00e-04", "train: loss 2.25", "train: loss 2", "train: trained 4 steps",
+        "train: loss 1.75",
+    ]  # fmt: skip
+    assert [bar["progress"] for bar in bars] == [25.0, 50.0]
+    assert bars[1]["description"] == "train in steps: 2 of 4; loss 2.5, lr 1.00e-04"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from pipeline import child
+from pipeline.argument_names import HONOURED
 from pipeline.catalog import format_of, format_to, require_libraries
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DataError, MissingLibrary, RecipeError
@@ -31,6 +32,12 @@ BASE_CONFIGS: Mapping[str, Mapping[str, Any]] = {
 def check_training(recipe: Recipe, source: Checkpoint) -> None:
     """Raise RecipeError where method, base and engine do not go together, by what the installed libraries say."""
     train, quantization = recipe.train, source.quantization
+    engine = train.resolved_engine
+    if engine == "features" and (foreign := sorted(train.arguments.keys() - HONOURED)):
+        raise RecipeError(
+            f"train.arguments: {foreign[0]} is Trainer's, the loop on features knows {', '.join(sorted(HONOURED))}; leave "
+            "it out, or use engine trainer"
+        )
     if train.method == "qat":
         _check_grid(recipe.quantize)
     base = "dense" if train.base == "source" and quantization is None else train.base
@@ -59,7 +66,6 @@ def check_training(recipe: Recipe, source: Checkpoint) -> None:
     if raw is not None or train.method == "projector":
         # In a child: the libraries that know are the ones that the plan must not import.
         answer = child.run("pipeline.trainability:ask", source.config, raw, recipe.trust_remote_code)
-    engine = train.resolved_engine
     reason = refusal(train.method, engine, format_title=title, base=base, arguments=train.arguments, answer=answer)
     if reason:
         raise RecipeError(reason)

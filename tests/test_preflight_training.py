@@ -138,6 +138,13 @@ def test_trainer_takes_no_quantized_backbone_without_adapters(root, name, base):
     assert plan(root, name, *labels).step("train").options["engine"] == "features"
 
 
+def test_the_loop_on_features_refuses_the_arguments_that_it_does_not_heed(root):
+    labels = ("train.method=projector", "train.data={root}/labels.jsonl", "train.arguments.optim=sgd")
+    with pytest.raises(RecipeError, match="optim is Trainer's, the loop on features knows adam_beta1"):
+        plan(root, "dense", *labels)
+    assert plan(root, "dense", *labels, "train.engine=trainer").step("train")
+
+
 def test_a_projector_needs_a_model_with_hidden_states(root, monkeypatch):
     monkeypatch.setattr(preflight_training.child, "run", lambda *_, **__: Answer(hidden_states=False))
     with pytest.raises(RecipeError, match="needs a model that gives hidden states"):

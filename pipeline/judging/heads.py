@@ -32,7 +32,11 @@ def classification(question: Question) -> Scores:
     """Accuracy and F1 of labels, one for each row."""
     names = _classes(question, (str(row.label) for row in question.rows))
     found = encode_labelled(
-        question.rows, question.tokenizer, classes=names, sequence_length=question.task.sequence_length
+        question.rows,
+        question.tokenizer,
+        classes=names,
+        sequence_length=question.task.sequence_length,
+        too_long="refuse",
     ).items
     both = _asked(question, [example.input_ids for example in found])
     wanted = torch.tensor([example.target for example in found], dtype=torch.int64)
@@ -43,7 +47,11 @@ def tagging(question: Question) -> Scores:
     """Accuracy and F1 of tags, one for each word, where its first token is."""
     names = _classes(question, (tag for row in question.rows for tag in row.tags))
     found = encode_tagged(
-        question.rows, question.tokenizer, classes=names, sequence_length=question.task.sequence_length
+        question.rows,
+        question.tokenizer,
+        classes=names,
+        sequence_length=question.task.sequence_length,
+        too_long="refuse",
     ).items
     tags = [torch.tensor(sequence.labels, dtype=torch.int64) for sequence in found]
     both = _asked(question, [sequence.input_ids for sequence in found], where=[row != IGNORED for row in tags])
@@ -54,7 +62,11 @@ def tagging(question: Question) -> Scores:
 def regression(question: Question) -> Scores:
     """The root mean squared error of numbers, one for each row."""
     found = encode_labelled(
-        question.rows, question.tokenizer, classes=None, sequence_length=question.task.sequence_length
+        question.rows,
+        question.tokenizer,
+        classes=None,
+        sequence_length=question.task.sequence_length,
+        too_long="refuse",
     ).items
     both = _asked(question, [example.input_ids for example in found])
     wanted = torch.tensor([example.target for example in found], dtype=torch.float64)
@@ -72,7 +84,9 @@ def pairs(question: Question) -> Scores:
 
     Positives of the same tokens are one.
     """
-    found = encode_pairs(question.rows, question.tokenizer, sequence_length=question.task.sequence_length).items
+    found = encode_pairs(
+        question.rows, question.tokenizer, sequence_length=question.task.sequence_length, too_long="refuse"
+    ).items
     places: dict[tuple[int, ...], int] = {}
     own = torch.tensor([places.setdefault(tuple(pair.positive), len(places)) for pair in found])
     both = _asked(question, [*(pair.anchor for pair in found), *map(list, places)])

@@ -15,23 +15,26 @@ from pipeline.sizes import Sizes
 from pipeline.targets import AWQTarget, GPTQTarget, Target
 
 _SCALES = "transformers expects scales of its activations, which gptqmodel does not write"
+_SPLIT = "gptqmodel splits its fused layers, transformers does not"
 # model_type → what goes wrong.
 _NEITHER: Mapping[str, str] = {
     "gpt2": "its layers keep their weights transposed, which gptqmodel's layers do not",
-    "gpt_bigcode": "transformers makes no packed layers of it",
+    "gpt_bigcode": "its code reads weights that packed layers do not have",
     "gpt_neox": "gptqmodel calls its output head by another name",
     "falcon": "transformers makes no packed layers of it",
     "mpt": "transformers does not find its layers",
-    "phi3": "gptqmodel splits its fused layers, transformers does not",
+    "phi3": _SPLIT,
+    "glm4": _SPLIT,
     "modernbert": "gptqmodel cannot read its config",
 }
 _NO_AWQ: Mapping[str, str] = {
-    "bloom": _SCALES,
+    "bloom": "gptqmodel cannot run its attention by itself",
+    "cohere2": "gptqmodel moves no scales into its norms",
     "gptj": _SCALES,
     "starcoder2": _SCALES,
-    "gemma3": "gptqmodel cannot run its layers one by one",
     "gemma3_text": "gptqmodel cannot run its layers one by one",
 }
+_BASE_MODEL = re.compile(r"(?<!Head)(?<!Heads)Model$")
 _DECODER_LAYER = re.compile(r"(^|\.)(layers|h)\.\d+\.")
 
 
@@ -46,6 +49,10 @@ def check_reload(dense: Checkpoint, sizes: Sizes, target: Target) -> None:
     why = _NEITHER.get(kind) or (_NO_AWQ.get(kind) if isinstance(target, AWQTarget) else None)
     if why is None and any(".experts." in f"{name}." for name in sizes.shapes):
         why = "transformers joins the experts of a layer, and finds none of those that are packed one by one"
+    if why is None and any(name.endswith(".gate_up_proj.weight") for name in sizes.shapes):
+        why = _SPLIT
+    if why is None and _BASE_MODEL.search(str((dense.config.get("architectures") or [""])[0])):
+        why = "it is a base model, and gptqmodel writes an output head that it does not have"
     # A GGUF file calls its layers otherwise, whatever the architecture.
     decoder = dense.is_gguf or any(_DECODER_LAYER.search(name) for name in sizes.linears)
     if why is None and (dense.config.get("is_encoder_decoder") or not decoder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import GlmConfig, GlmForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from pipeline.catalog import DENSE
 from pipeline.checkpoint import Checkpoint
@@ -27,6 +27,10 @@ def gpt2(folder):
     GPT2LMHeadModel(GPT2Config(**keys)).save_pretrained(folder)
 
 
+def glm(folder):
+    GlmForCausalLM(GlmConfig(**SIDES, num_key_value_heads=2, head_dim=32)).save_pretrained(folder)
+
+
 def mixtral(folder):
     MixtralForCausalLM(MixtralConfig(**SIDES, num_key_value_heads=2, num_local_experts=2)).save_pretrained(folder)
 
@@ -38,8 +42,10 @@ def mixtral(folder):
         (lambda f: tiny_head(f, "BertForSequenceClassification"), "bert cannot be reloaded .*it is no decoder"),
         (lambda f: tiny_head(f, "BertForTokenClassification"), "bert cannot be reloaded"),
         (lambda f: tiny_head(f, "RobertaForSequenceClassification"), "roberta cannot be reloaded .*it is no decoder"),
-        (gpt2, "gpt2 cannot be reloaded .* transposed"),
-        (mixtral, "mixtral cannot be reloaded .* experts"),
+        (lambda f: tiny_head(f, "LlamaModel"), "llama cannot be reloaded .*base model"),
+        (gpt2, "gpt2 cannot be reloaded .*transposed"),
+        (glm, "glm cannot be reloaded .*splits its fused layers"),
+        (mixtral, "mixtral cannot be reloaded .*experts"),
     ],
 )
 def test_gptq_and_awq_of_what_does_not_reload_are_refused_and_bitsandbytes_is_not(tmp_path, make, said, target):
@@ -60,9 +66,9 @@ def test_decoders_and_their_classifiers_are_let_through(tmp_path, target):
 def test_awq_alone_is_refused_where_activations_would_need_scales(tmp_path):
     folder = tiny_llama(tmp_path, layers=1)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "bloom"}))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gptj"}))
     check(folder, "gptq")
-    with pytest.raises(UnsupportedFormat, match=r"awq-4bit: bloom .*scales of its activations"):
+    with pytest.raises(UnsupportedFormat, match=r"awq-4bit: gptj .*scales of its activations"):
         check(folder, "awq")
 
 

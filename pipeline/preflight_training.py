@@ -32,43 +32,58 @@ BASE_CONFIGS: Mapping[str, Mapping[str, Any]] = {
 def check_training(recipe: Recipe, source: Checkpoint) -> None:
     """Raise RecipeError where method, base and engine do not go together, by what the installed libraries say."""
     train, quantization = recipe.train, source.quantization
-    engine = train.resolved_engine
-    if engine == "features" and (foreign := sorted(train.arguments.keys() - HONOURED)):
-        raise RecipeError(
-            f"train.arguments: {foreign[0]} is Trainer's, the loop on features knows {', '.join(sorted(HONOURED))}; leave "
-            "it out, or use engine trainer"
-        )
-    if train.method == "qat":
-        _check_grid(recipe.quantize)
     base = "dense" if train.base == "source" and quantization is None else train.base
+    _check_options(recipe, base)
     if base in BASE_TARGETS and quantization is not None and format_to(BASE_TARGETS[base]) is format_of(quantization):
         raise RecipeError(f"train.base: the source is {base} already; use base source, or base dense")
+    if base == "dense" and train.method not in {"projector", "lora"}:
+        return
+    title, raw = _quantized(base, source)
+    answer = Answer()
+    if raw is not None or train.method == "projector":
+        # In a child: the libraries that know are the ones that the plan must not import.
+        answer = child.run("pipeline.trainability:ask", source.config, raw, recipe.trust_remote_code)
+    engine = train.resolved_engine
+    reason = refusal(train.method, engine, format_title=title, base=base, arguments=train.arguments, answer=answer)
+    if reason:
+        raise RecipeError(reason)
+
+
+def _check_options(recipe: Recipe, base: str) -> None:
+    """Raise RecipeError for an option that the method, the base or the engine has no use for."""
+    train = recipe.train
+    if train.method == "qat":
+        _check_grid(recipe.quantize)
+    if train.resolved_engine == "features" and (foreign := sorted(train.arguments.keys() - HONOURED)):
+        raise RecipeError(
+            f"train.arguments: {foreign[0]} is Trainer's, the loop on features knows {', '.join(sorted(HONOURED))}; "
+            "leave it out, or use engine trainer"
+        )
     if train.merge_base != "dequantized" and base not in BASE_TARGETS:
         raise RecipeError(
             f"train.merge_base {train.merge_base}: with train.base {base} there are no weights but those trained on; "
             "leave it out, or use base nf4 or int8"
         )
-    if base == "dense" and train.method not in {"projector", "lora"}:
-        return
-    title, raw = "", None
-    if base == "source":
-        row = format_of(quantization)
-        if not row.reload.startswith("transformers") or source.is_gguf:
-            raise RecipeError(
-                f"train.base source: transformers does not train on {row.title}; use base dense, which upcasts first"
-            )
+
+
+def _quantized(base: str, source: Checkpoint) -> tuple[str, Mapping[str, Any] | None]:
+    """What a quantized base is called, and its quantization_config; "" and None of a dense one.
+
+    Raise RecipeError for a source that transformers does not load as it is.
+    """
+    if base in BASE_TARGETS:
+        row = format_to(BASE_TARGETS[base])
         require_libraries(row)
-        title, raw = row.title, quantization.raw if quantization else None
-    elif base in BASE_TARGETS:
-        require_libraries(format_to(BASE_TARGETS[base]))
-        title, raw = format_to(BASE_TARGETS[base]).title, BASE_CONFIGS[base]
-    answer = Answer()
-    if raw is not None or train.method == "projector":
-        # In a child: the libraries that know are the ones that the plan must not import.
-        answer = child.run("pipeline.trainability:ask", source.config, raw, recipe.trust_remote_code)
-    reason = refusal(train.method, engine, format_title=title, base=base, arguments=train.arguments, answer=answer)
-    if reason:
-        raise RecipeError(reason)
+        return row.title, BASE_CONFIGS[base]
+    if base == "dense" or source.quantization is None:
+        return "", None
+    row = format_of(source.quantization)
+    if not row.reload.startswith("transformers") or source.is_gguf:
+        raise RecipeError(
+            f"train.base source: transformers does not train on {row.title}; use base dense, which upcasts first"
+        )
+    require_libraries(row)
+    return row.title, source.quantization.raw
 
 
 def check_kinds(train: Train, kinds: Mapping[str, Kind], *, classifier: bool) -> None:

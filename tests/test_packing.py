@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,7 +23,8 @@ from pipeline.errors import RecipeError
 from pipeline.packing import best_fit, require_apart
 from pipeline.rows import Completion
 from pipeline.training.arguments import training_arguments
-from pipeline.training.trainer import train
+from pipeline.training.checks import Expectation
+from pipeline.training.trainer import Course, train
 from tests.checkpoints import tiny_llama, tiny_tokenizer
 
 ROWS = [
@@ -90,7 +93,9 @@ def test_trainer_computes_the_same_loss_on_packed_rows(folder, tmp_path):
         given = {"max_steps": 1, "per_device_train_batch_size": len(sequences), "use_cpu": True}
         arguments = training_arguments(given, folder=tmp_path / str(packing), seed=0, mixed=False)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        losses.append(train(model, sequences, arguments, pad_token=0).loss)
+        expected = Expectation(method="full", trainable=lambda _: True)
+        course = Course(examples=sequences, collate=partial(padded, pad_token=0), expected=expected)
+        losses.append(train(partial(lambda made: made, model), course, arguments).loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 

@@ -115,7 +115,7 @@ def rate(optimizer: torch.optim.AdamW, arguments: TrainingArguments, steps: int)
     )
     if not isinstance(made, LambdaLR):
         raise RecipeError(
-            f"train.arguments: lr_scheduler_type {arguments.lr_scheduler_type} needs an evaluation to steer by; "
+            f"train.arguments: lr_scheduler_type {_plain(arguments.lr_scheduler_type)} needs an evaluation to steer by; "
             "choose another, or use train.engine: trainer"
         )
     return made
@@ -123,9 +123,14 @@ def rate(optimizer: torch.optim.AdamW, arguments: TrainingArguments, steps: int)
 
 def every(strategy: Any, steps: float, schedule: Schedule) -> int:
     """Steps between two of a kind by a strategy and a number, which below one is a share of all; 0 for none."""
-    match str(getattr(strategy, "value", strategy)):
+    match _plain(strategy):
         case "epoch":
             return schedule.per_epoch
         case "steps":
             return max(1, math.ceil(schedule.steps * steps) if steps < 1 else int(steps))
     return 0
+
+
+def _plain(value: Any) -> str:
+    """What a recipe would say for one of transformers' enumerations."""
+    return str(getattr(value, "value", value))

@@ -266,7 +266,7 @@ def test_nothing_to_train_or_a_rate_that_needs_evaluations_is_refused_before_the
     run = TrainingArguments(
         str(tmp_path), lr_scheduler_type="greedy", eval_strategy="epoch", report_to=[], use_cpu=True
     )
-    with pytest.raises(RecipeError, match=r"greedy needs an evaluation"):
+    with pytest.raises(RecipeError, match=r"greedy is steered by an evaluation"):
         fit(module(), made_up(), run)
     with pytest.raises(DataError, match="10 rows make no batch"):
         fit(module(), made_up(10), arguments(tmp_path, dataloader_drop_last=True))

@@ -30,6 +30,7 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/upcast.py
 	$(BIN)/python benchmarks/orchestration.py
+	$(BIN)/python benchmarks/head_training.py
 
 gpu-check: setup
 	@echo "On a machine with a CUDA device, in this folder:"

@@ -26,7 +26,7 @@ from pipeline.encoding import IGNORED
 from pipeline.errors import DataError, NonFinite
 from pipeline.training import feature_resume
 from pipeline.training.feature_rows import Rows
-from pipeline.training.feature_schedule import Schedule, adamw, every, rate
+from pipeline.training.feature_schedule import Schedule, adamw, clip, every, rate
 from pipeline.training.model import check_finite
 from pipeline.training.resume import EVERY, SHARE
 
@@ -106,6 +106,8 @@ class _Loop:
         self.model = self.accelerator.prepare(self.module)
         self.log = _Log(total=torch.zeros((), device=self.device))
         self.found: tuple[float, float | None] | None = None
+        self.model.train()
+        self.random = torch.cuda.default_generators[self.device.index or 0] if self.cuda else torch.default_generator
         self.main = self.accelerator.is_main_process
         self.log_every = every(arguments.logging_strategy, arguments.logging_steps, self.schedule)
         self.save_every = every(arguments.save_strategy, arguments.save_steps, self.schedule)
@@ -114,8 +116,8 @@ class _Loop:
 
     def step(self, step: int, batch: Tensor) -> None:
         """One optimizer step on the rows of a batch."""
-        self.model.train()
-        torch.manual_seed(((self.schedule.seed << 20) + step) * 1024 + self.accelerator.process_index)
+        # torch.manual_seed would write down where it was called from, for GPUs that are not in use: a millisecond.
+        self.random.manual_seed(((self.schedule.seed << 20) + step) * 1024 + self.accelerator.process_index)
         if self.schedule.processes == 1 and len(batch) <= self.schedule.micro:
             loss = self._loss(batch)
             # accelerator.backward would divide by the accumulation once more
@@ -124,10 +126,11 @@ class _Loop:
         else:
             self._accumulate(batch)
         if self.arguments.max_grad_norm:
-            self.accelerator.clip_grad_norm_(self.weights, self.arguments.max_grad_norm)
+            clip(self.weights, self.arguments.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
-        self.optimizer.zero_grad()
+        for weight in self.weights:
+            weight.grad = None
         self.log.steps += 1
         self.log.rows += len(batch)
         self._tell(step)
@@ -187,6 +190,7 @@ class _Loop:
                 classes = True
                 right = output.logits.argmax(-1) == batch["labels"]
                 met += int(right[batch["labels"] != IGNORED].sum())
+        self.model.train()
         self.found = (total / max(1, labels), met / max(1, labels) if classes else None)
         if self.main:
             progress.metric(STAGE, "validation_loss", self.found[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +115,7 @@ def rate(optimizer: torch.optim.AdamW, arguments: TrainingArguments, steps: int)
     )
     if not isinstance(made, LambdaLR):
         raise RecipeError(
-            f"train.arguments: lr_scheduler_type {arguments.lr_scheduler_type} needs an evaluation to steer by; "
+            f"train.arguments: lr_scheduler_type {_plain(arguments.lr_scheduler_type)} is steered by an evaluation; "
             "choose another, or use train.engine: trainer"
         )
     return made
@@ -123,9 +123,24 @@ def rate(optimizer: torch.optim.AdamW, arguments: TrainingArguments, steps: int)
 
 def every(strategy: Any, steps: float, schedule: Schedule) -> int:
     """Steps between two of a kind by a strategy and a number, which below one is a share of all; 0 for none."""
-    match str(getattr(strategy, "value", strategy)):
+    match _plain(strategy):
         case "epoch":
             return schedule.per_epoch
         case "steps":
             return max(1, math.ceil(schedule.steps * steps) if steps < 1 else int(steps))
     return 0
+
+
+@torch.no_grad()
+def clip(weights: Sequence[Tensor], most: float) -> None:
+    """`torch.nn.utils.clip_grad_norm_` to the last bit, without the dispatch that costs more than the arithmetic."""
+    grads = [weight.grad for weight in weights if weight.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+    factor = (most / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(factor)
+
+
+def _plain(value: Any) -> str:
+    """What a recipe would say for one of transformers' enumerations."""
+    return str(getattr(value, "value", value))

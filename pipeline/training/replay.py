@@ -148,7 +148,13 @@ def _same(model: Any, kept: Kept, hidden: Tensor, batch: dict[str, Tensor], logi
             found = replay(whole, mask=mask).logits
         else:
             found = replay(vectors).logits
-    except (ValueError, RuntimeError, IndexError):  # a head that wants more than the stub gives
+    except (
+        ValueError,
+        RuntimeError,
+        IndexError,
+        AttributeError,
+        TypeError,
+    ):  # a head that wants more than the stub gives
         return False
     finally:
         replay.undo()

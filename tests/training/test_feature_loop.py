@@ -9,7 +9,7 @@ from itertools import chain
 import pytest
 import torch
 from torch import multiprocessing, nn
-from transformers import get_scheduler
+from transformers import TrainingArguments, get_scheduler
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pipeline import progress
@@ -263,8 +263,10 @@ def test_nothing_to_train_or_a_rate_that_needs_evaluations_is_refused_before_the
         weight.requires_grad = False
     with pytest.raises(RecipeError, match="no parameter would train"):
         fit(frozen, made_up(), arguments(tmp_path))
-    run = arguments(tmp_path, lr_scheduler_type="greedy")
-    with pytest.raises(RecipeError, match=r"greedy needs an evaluation"):
+    run = TrainingArguments(
+        str(tmp_path), lr_scheduler_type="greedy", eval_strategy="epoch", report_to=[], use_cpu=True
+    )
+    with pytest.raises(RecipeError, match=r"greedy is steered by an evaluation"):
         fit(module(), made_up(), run)
     with pytest.raises(DataError, match="10 rows make no batch"):
         fit(module(), made_up(10), arguments(tmp_path, dataloader_drop_last=True))
@@ -339,6 +341,7 @@ def one_of_two(rank, port, folder, results):
                  found.pooled(torch.arange(90)).tolist()))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_compute_features_and_train_as_one_does(tmp_path):
     model = loaded(backbone(tmp_path / "model"))
     rows, labels = toy_rows(90)

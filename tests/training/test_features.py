@@ -62,6 +62,7 @@ def test_so_does_nf4(folder, tmp_path):
     assert found["moved"] > 1e-3
 
 
+@pytest.mark.slow
 def test_so_does_gptq(tmp_path):
     folder = backbone(tmp_path / "gptq", dtype="float16")
     pack(folder, loaded(folder), dense="lm_head|embed")
@@ -253,6 +254,7 @@ def run_of(folder, root, rows, start, results):
     results.put((found.computed, vectors(found).tolist()))
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_compute_each_row_once_between_them(folder, model, tmp_path):
     rows, _ = toy_rows(90)
     context = multiprocessing.get_context("spawn")

@@ -29,8 +29,10 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, NonFinite, UnsupportedFormat
 from pipeline.training.feature_loop import fit
 from pipeline.training.features import right_padded
-from pipeline.training.head import WEIGHTS, head_weights, load_head, merge_head, write_head
+from pipeline.training.head import WEIGHTS, head_weights, merge_head, prepare, write_head
+from pipeline.training.model import load
 from pipeline.training.replay import Replay, head_rows, kept_of
+from pipeline.training.task import Task
 from tests.training.feature_runs import CLASSES, HIDDEN, arguments, backbone, cached, loaded, same, toy_rows, weights
 
 SMALL = {"vocab_size": 256, "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -63,8 +65,10 @@ def bases(tmp_path_factory):
     return {name: base(folder / name.replace(" ", "-"), name) for name in BASES}
 
 
-def head(folder, *, task="classification", classes=CLASSES, **options):
-    return load_head(folder, task=task, classes=classes, pad_token=0, seed=4, **options)
+def head(folder, *, task="classification", classes=CLASSES, dtype=torch.float32):
+    made = load(Checkpoint.open(folder), Task(kind=task, classes=classes), dtype=dtype, seed=4, trust_remote_code=False)
+    prepare(made)
+    return made.model
 
 
 def replayed(model, rows, labels, folder, *, task="classification"):
@@ -234,13 +238,6 @@ def test_a_quantized_base_keeps_its_packed_bytes_under_a_dense_head(bases, tmp_p
     torch.testing.assert_close(tuned.score.weight.float(), model.score.weight.detach(), rtol=1e-2, atol=1e-3)
 
 
-def test_weights_can_be_quantized_while_they_are_loaded(bases):
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = head(bases["llama"], quantization=config)
-    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
-    assert list(head_weights(model)) == ["score.weight"]
-
-
 def test_a_base_in_bf16_carries_a_head_in_float32(bases):
     model = head(bases["llama"], dtype=torch.bfloat16)
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
@@ -252,12 +249,14 @@ def test_a_base_that_lacks_weights_is_refused_and_one_without_such_a_head_too(ba
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"missing or unexpected key, such as model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
         head(folder)
     config = json.loads((bases["llama"] / "config.json").read_text())
     other = base(tmp_path / "other", "llama")
     (other / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
-    with pytest.raises(UnsupportedFormat, match="has no head for tagged"):
+    with pytest.raises(UnsupportedFormat, match="no AutoModelForTokenClassification for mamba; use method projector"):
         head(other, task="tagged")
 
 

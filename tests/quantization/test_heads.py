@@ -13,9 +13,10 @@ from pipeline import child, pairing
 from pipeline.catalog import FORMATS
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError
+from pipeline.jobs import Job
 from pipeline.quantization import bitsandbytes, writers
 from pipeline.quantization.folder import Order
-from pipeline.stages import Job, upcast
+from pipeline.stages import upcast
 from pipeline.targets import parse_target
 from pipeline.training import load_projected
 from tests.classifiers import LABELS, tiny_head, tiny_projected

@@ -16,8 +16,9 @@ name: {name}                    # the model's name in the store
 source: {source}                # folder, hub id[@revision], or store reference name/variant@version
 upcast: {{dtype: bfloat16}}       # what the source is dequantized to
 train:
-  method: lora                  # none, lora or full
-  data: {{path: {data}}}          # JSONL, CSV, Parquet or text; rows of text, messages, or prompt and completion
+  method: lora                  # none, lora, full, head, projector or qat
+  base: dense                   # dense, source (as it is), nf4 or int8 (QLoRA)
+  data: {{path: {data}}}          # file, folder, glob, hub dataset or URL
   sequence_length: {length}
   lora: {{r: 16, lora_alpha: 32, target_modules: all-linear}}     # PEFT's LoraConfig names
   # transformers' TrainingArguments names:

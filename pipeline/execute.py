@@ -18,6 +18,7 @@ from pipeline.evaluation.tasks import ENVIRONMENT
 from pipeline.jobs import Job
 from pipeline.manifest import Origin
 from pipeline.plan import Plan
+from pipeline.sections import Launcher
 from pipeline.steps import Step
 
 STAGES = {
@@ -150,10 +151,16 @@ def _task(plan: Plan, step: Step, workspace: Path) -> Work:
         workspace=workspace,
         cache=plan.store.root / FEATURES,
         logs=plan.store.root / LOGS / name / workspace.name,
+        launcher=_launcher(plan.recipe.train.launcher),
         data=step.data,
         trust_remote_code=plan.recipe.trust_remote_code,
     )
     return Work(stage=step.stage, job=job, store=plan.store.root, name=name, origins=origins, parents=parents)
+
+
+def _launcher(given: Launcher) -> Launcher:
+    """The same, by a path that holds wherever the child is."""
+    return given.model_copy(update={"config": str(Path(given.config).absolute())}) if given.config else given
 
 
 def _parent(plan: Plan, variant: str) -> Artifact:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import Store
@@ -102,13 +103,20 @@ class Graph:
         options |= {"lora": train.lora} if train.method == "lora" else {}
         options |= {"projector": train.projector.model_dump()} if train.method == "projector" else {}
         options |= {"grid": self._recipe.quantize[0].model_dump(exclude={"name"})} if train.method == "qat" else {}
-        options |= {"launcher": train.launcher.model_dump()} if train.launcher.several else {}
+        options |= {"launcher": self._launcher} if train.launcher.several else {}
         data = {"train": train.data.model_copy(update={"part": "train"})}
         if train.data.validation:
             data["validation"] = train.data.model_copy(update={"part": "validation"})
         return self._step(
             "train", {"base": self._stand}, TRAINED[train.method], options, self._training_needs, data=data
         )
+
+    @property
+    def _launcher(self) -> dict[str, Any]:
+        """What of the launcher changes the result: how many processes share a batch, and what its config says."""
+        launcher = self._recipe.train.launcher
+        config = self._cache.file(Path(launcher.config)) if launcher.config else None
+        return {"processes": launcher.processes, "config": config}
 
     @property
     def _training_needs(self) -> Needs:

@@ -8,17 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.sections import Data
+from pipeline.sections import Data, Launcher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What a stage is given.
 
-    `inputs` maps a role (`source`, `dense`, `base`, `adapter`, …) to a checkpoint folder, `data` a role to a file of
-    rows. `options` are the plain values that change the result. `workspace` is a folder of the stage's own that
-    outlives a kill: a rerun of the same job finds there what the last one left. `cache` is where features of frozen
-    backbones are kept for any later job, `logs` where TensorBoard reads; without them both go into the workspace.
+    `inputs` maps a role (`source`, `dense`, `base`, `adapter`, …) to a checkpoint folder, `data` a role to rows.
+    `options` are the plain values that change the result. `workspace` is a folder of the stage's own that outlives a
+    kill: a rerun of the same job finds there what the last one left. `cache` is where features of frozen backbones are
+    kept for any later job, `logs` where TensorBoard reads; without them both go into the workspace. `launcher` says how
+    many processes train together.
     """
 
     inputs: Mapping[str, Path]
@@ -26,6 +27,7 @@ class Job:
     workspace: Path
     cache: Path | None = None
     logs: Path | None = None
+    launcher: Launcher = field(default_factory=Launcher)
     data: Mapping[str, Data] = field(default_factory=dict)
     trust_remote_code: bool = False
 

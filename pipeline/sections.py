@@ -43,7 +43,7 @@ class Data(Section):
     """Rows."""
 
     path: str
-    """JSONL, CSV, Parquet or text file, a folder or glob of such, a hub dataset's id[@revision], or an s3:// URL."""
+    """JSONL, CSV, Parquet or text file, a folder or glob of such, a hub dataset's id[:config][@revision], or a URL."""
     format: Literal["auto"] | Kind = "auto"
     """What a row is; `auto` reads it off the first row's fields."""
     field: str = "text"
@@ -94,7 +94,7 @@ class Launcher(Section):
     processes: Annotated[int, Field(ge=1)] = 1
     """Processes on this machine; each takes `per_device_train_batch_size` rows at a time."""
     config: str | None = None
-    """An accelerate config file (DDP, FSDP, several machines)."""
+    """An accelerate config file, for DDP or FSDP on one machine."""
 
     @property
     def several(self) -> bool:

@@ -107,7 +107,7 @@ def train(recipe: Path, *, overrides: Set = [], json: Json = False) -> None:  # 
 
     parsed = load_recipe(recipe, overrides)
     if parsed.train.method == "none":
-        raise InputError(f"recipe {recipe}: train.method is none; set it to lora or full")
+        raise InputError(f"recipe {recipe}: train.method is none; set it to lora, full, head or projector")
     plan = make_plan(parsed, until="train")
     with showing_progress():
         found = {variant: artifact for step in plan.steps for variant, artifact in run_step(plan, step).items()}

@@ -12,15 +12,14 @@ from pipeline import progress
 from pipeline.errors import OutOfMemory
 from pipeline.jobs import Job, Output
 from pipeline.launcher import Launch, read_launch
-from pipeline.sections import Data, Launcher
+from pipeline.sections import Data
 from pipeline.training.launch import launch
 from pipeline.training.memory import known_micro_batch
 
 
 def is_launched(job: Job) -> bool:
     """Whether the job's launcher asks for processes beside this one, or names an accelerate config."""
-    launcher = _launcher(job)
-    return launcher.processes > 1 or launcher.config is not None
+    return job.launcher.several
 
 
 def run_launched(function: str, job: Job) -> Iterator[Output]:
@@ -28,7 +27,7 @@ def run_launched(function: str, job: Job) -> Iterator[Output]:
 
     Where a process ran out of memory and left a smaller micro-batch behind, they are all started again.
     """
-    settings = read_launch(_launcher(job))
+    settings = read_launch(job.launcher)
     checkpoints = job.workspace / "checkpoints"
     request = {"function": function, "job": _as_json(job)}
     while True:
@@ -59,10 +58,6 @@ def _launch(settings: Launch, request: Mapping[str, Any], job: Job) -> list[dict
         "pipeline.stages.launched:work", request, settings=settings, folder=job.workspace, cpu=cpu
     )
     return outputs
-
-
-def _launcher(job: Job) -> Launcher:
-    return Launcher.model_validate(job.options.get("launcher") or {})
 
 
 def _as_json(job: Job) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import torch
 
 from pipeline.jobs import Job
-from pipeline.sections import Data
+from pipeline.sections import Data, Launcher
 from pipeline.stages import train
 
 ARGUMENTS = {"max_steps": 6, "learning_rate": 5e-3, "per_device_train_batch_size": 2, "save_steps": 2}
@@ -25,10 +25,12 @@ def training_job(base, workspace, *, method="lora", lora=None, data=None, seed=5
     workspace.mkdir(parents=True, exist_ok=True)
     options = {
         "method": method, "sequence_length": 32, "lora": lora or LORA, "arguments": ARGUMENTS | arguments, "seed": seed,
-        **({"launcher": launcher} if launcher else {}),
     }  # fmt: skip
     data = data or rows(workspace / "rows.jsonl")
-    return Job(inputs={"base": base}, options=options, workspace=workspace, data={"train": data})
+    processes = Launcher.model_validate(launcher or {})
+    return Job(
+        inputs={"base": base}, options=options, workspace=workspace, data={"train": data}, launcher=processes
+    )  # fmt: skip
 
 
 def trained(base, workspace, **options):

@@ -238,6 +238,14 @@ def test_make_sure_the_loss_is_looked_at_and_fell(folder, tmp_path):
         list(train.run(job(folder, "dense", tmp_path, "text", method="lora", arguments=arguments)))
 
 
+def test_the_page_names_every_test_of_this_file_that_is_a_rule():
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    own = [
+        name for name in globals() if name.startswith(("test_rule_", "test_solution_", "test_reason_", "test_make_"))
+    ]
+    assert [name for name in own if f"`{name}`" not in page] == []
+
+
 def test_the_guard_itself_is_still_there(folder):
     """If transformers drops it, these rules want reading again."""
     import inspect as source

@@ -31,7 +31,8 @@ from pipeline.pairing import Description
 from pipeline.training.arguments import training_arguments
 from pipeline.training.feature_loop import fit
 from pipeline.training.feature_rows import LabelledRows
-from pipeline.training.features import Features, features, pooled, right_padded
+from pipeline.training.features import Features, features, pooled
+from pipeline.training.padding import right_padded
 from pipeline.training.projector import FeatureProjector, ProjectedModel, ProjectorLayer
 
 HIDDEN, TOKENS, ROWS, UNSEEN, CLASSES = 256, 64, 512, 512, 4

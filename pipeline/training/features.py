@@ -24,6 +24,7 @@ from pipeline import progress
 from pipeline.errors import DataError, NonFinite
 from pipeline.sections import Pooling
 from pipeline.training.feature_store import FeatureSet, Index
+from pipeline.training.padding import right_padded
 from pipeline.training.pooling import POOLINGS
 from pipeline.training.projector import base_of, hidden_states
 
@@ -84,14 +85,6 @@ def pooled(pooling: Pooling) -> Kept:
 def padded_length(length: int, sequence_length: int) -> int:
     """Tokens that a row of `length` is padded to."""
     return min(-(-length // MULTIPLE) * MULTIPLE, max(length, sequence_length))
-
-
-def right_padded(rows: Sequence[Sequence[int]], *, pad_token: int, length: int | None = None) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, int64 [B, T], padded on the right to `length` or the longest row."""
-    length = max(map(len, rows)) if length is None else length
-    ids = [[*row, *[pad_token] * (length - len(row))] for row in rows]
-    mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
 def features(

@@ -16,7 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from pipeline.encoding import IGNORED
 from pipeline.errors import UnsupportedFormat
 from pipeline.training.feature_rows import LabelledRows, PositionRows, Rows, tagged_rows
-from pipeline.training.features import Features, Kept, padded_length, right_padded
+from pipeline.training.features import Features, Kept, padded_length
+from pipeline.training.padding import right_padded
 
 TOLERANCE = 1e-3  # of the largest logit: what another shape of the same product rounds otherwise
 SAMPLE = 4  # rows that are compared

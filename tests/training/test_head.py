@@ -28,8 +28,8 @@ from transformers.trainer_utils import validate_quantization_for_training
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, NonFinite, UnsupportedFormat
 from pipeline.training.feature_loop import fit
-from pipeline.training.features import right_padded
 from pipeline.training.head import WEIGHTS, head_weights, load_head, merge_head, write_head
+from pipeline.training.padding import right_padded
 from pipeline.training.replay import Replay, head_rows, kept_of
 from tests.training.feature_runs import CLASSES, HIDDEN, arguments, backbone, cached, loaded, same, toy_rows, weights
 

@@ -28,7 +28,7 @@ from pipeline.errors import CheckpointError, NonFinite, RecipeError, Unsupported
 from pipeline.pairing import WEIGHTS, carry, seal
 from pipeline.sections import Projector
 from pipeline.training import load_projected
-from pipeline.training.features import right_padded
+from pipeline.training.padding import padded_pairs, right_padded
 from pipeline.training.projected import read_projector, write_projector
 from pipeline.training.projector import ProjectedModel, ProjectorLayer, contrastive, describe
 from tests.training.feature_runs import (
@@ -196,6 +196,21 @@ def test_trainer_trains_the_projector_of_a_bf16_backbone_and_nothing_else(folder
     losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] / 2
     assert same(weights(model.backbone), before)
+
+
+def test_trainer_trains_pairs_some_with_hard_negatives(folder, tmp_path):
+    texts, _ = toy_rows(48, seed=3, shortest=6, longest=12)
+    rows = [(text[:4], text[3:], texts[i - 1] if i % 3 == 0 else None) for i, text in enumerate(texts)]
+    model = ProjectedModel(loaded(folder), description(task="pairs", classes=None, pooling="mean", kind="mlp"))
+    run = arguments(tmp_path, num_train_epochs=20, per_device_train_batch_size=12)
+    made = Trainer(
+        model=model, args=run, train_dataset=rows, eval_dataset=rows,
+        data_collator=lambda batch: padded_pairs(*zip(*batch, strict=True), pad_token=0),
+    )  # fmt: skip
+    made.remove_callback(PrinterCallback)
+    before = made.evaluate()["eval_loss"]
+    made.train()
+    assert made.evaluate()["eval_loss"] < 0.7 * before
 
 
 def test_trainers_checkpoints_hold_what_trains_alone_and_resume_to_the_same_bits(folder, tmp_path, caplog):

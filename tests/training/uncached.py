@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pipeline.training.feature_schedule import Schedule
-from pipeline.training.features import right_padded
+from pipeline.training.padding import right_padded
 from pipeline.training.projector import ProjectorLayer
 from tests.training.feature_runs import arguments, cached, description, loaded, toy_rows, trained_on, weights
 

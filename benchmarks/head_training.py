@@ -27,11 +27,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from transformers.trainer_callback import PrinterCallback
 
 from pipeline.child import WAITING
+from pipeline.labelled import padded_ids
 from pipeline.pairing import Description
 from pipeline.training.arguments import training_arguments
 from pipeline.training.feature_loop import fit
 from pipeline.training.feature_rows import LabelledRows
-from pipeline.training.features import Features, features, pooled, right_padded
+from pipeline.training.features import Features, features, pooled
 from pipeline.training.projector import FeatureProjector, ProjectedModel, ProjectorLayer
 
 HIDDEN, TOKENS, ROWS, UNSEEN, CLASSES = 256, 64, 512, 512, 4
@@ -142,7 +143,7 @@ def _trainer(
 ) -> tuple[ProjectorLayer, float]:
     def collated(batch: list[Row]) -> dict[str, torch.Tensor]:
         labels = torch.tensor([label for _, label in batch])
-        return {**right_padded([ids for ids, _ in batch], pad_token=0), "labels": labels}
+        return {**padded_ids([ids for ids, _ in batch], pad_token=0), "labels": labels}
 
     projected = ProjectedModel(model, PROJECTOR)
     trainer = Trainer(model=projected, args=arguments, train_dataset=rows, data_collator=collated)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -139,7 +140,7 @@ def padded_examples(batch: list[Example], *, pad_token: int, length: int | None 
     return {**ids, "labels": torch.tensor(targets, dtype=dtype)}
 
 
-def padded_ids(rows: list[list[int]], *, pad_token: int, length: int | None = None) -> dict[str, torch.Tensor]:
+def padded_ids(rows: Items[Items[int]], *, pad_token: int, length: int | None = None) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask`, each int64 [B, length], padded on the right; None: to the longest row."""
     length = max(len(ids) for ids in rows) if length is None else length
     ids = torch.full((len(rows), length), pad_token, dtype=torch.int64)
@@ -149,6 +150,22 @@ def padded_ids(rows: list[list[int]], *, pad_token: int, length: int | None = No
         ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
         mask[i, : len(row)] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def padded_pairs(batch: list[PairExample], *, pad_token: int) -> dict[str, torch.Tensor]:
+    """`padded_ids` of anchors, positives and, where a row has one, negatives, under such names; `labels` 0 to B - 1."""
+    texts = {
+        "anchor": [row.anchor for row in batch],
+        "positive": [row.positive for row in batch],
+        "negative": [row.negative for row in batch if row.negative is not None],
+    }
+    found = {
+        f"{part}_{name}": tensor
+        for part, rows in texts.items()
+        if rows
+        for name, tensor in padded_ids(rows, pad_token=pad_token).items()
+    }
+    return {**found, "labels": torch.arange(len(batch))}
 
 
 def _only(rows: Iterable[Row], kind: type[RowType]) -> Iterator[RowType]:

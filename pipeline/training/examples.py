@@ -14,13 +14,12 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.encoding import IGNORED, Encoded, encode, padded
 from pipeline.jobs import Job
 from pipeline.labelled import (
-    PairExample,
     classes_of,
     encode_labelled,
     encode_pairs,
     encode_tagged,
     padded_examples,
-    padded_ids,
+    padded_pairs,
 )
 from pipeline.rows import check_rows, read_rows
 from pipeline.training.task import Task, known_classes
@@ -72,22 +71,6 @@ def read_examples(job: Job, role: str, task: Task, tokenizer: Any) -> Examples:
 def pad_token(tokenizer: Any) -> int:
     """The id that batches are padded with; it is masked, so where the tokenizer has none any will do."""
     return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-
-
-def padded_pairs(batch: list[PairExample], *, pad_token: int) -> dict[str, torch.Tensor]:
-    """`padded_ids` of anchors, positives and, where a row has one, negatives, under such names; `labels` 0 to B - 1."""
-    texts = {
-        "anchor": [row.anchor for row in batch],
-        "positive": [row.positive for row in batch],
-        "negative": [row.negative for row in batch if row.negative is not None],
-    }
-    found = {
-        f"{part}_{name}": tensor
-        for part, rows in texts.items()
-        if rows
-        for name, tensor in padded_ids(rows, pad_token=pad_token).items()
-    }
-    return {**found, "labels": torch.arange(len(batch))}
 
 
 @torch.inference_mode()

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline import progress
 from pipeline.digests import digest_value
 from pipeline.errors import NoSpace
 
@@ -61,7 +62,9 @@ class FeatureSet:
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
         """Be the only run that computes for this set; others wait, and then find what this one computed."""
-        with _locked(self._root / f"{self._fingerprint}.run"):
+        with _locked(
+            self._root / f"{self._fingerprint}.run", say="waits for another run that computes the same features"
+        ):
             self.folder.mkdir(exist_ok=True)
             path = self.folder / IDENTITY
             path.write_text(json.dumps(self._identity, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -177,8 +180,16 @@ def _remove(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+def _locked(path: Path, *, wait: bool = True, say: str = "") -> Iterator[None]:
+    """Hold the lock, after saying so where it is held elsewhere; raise BlockingIOError there where not to `wait`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            if say:
+                progress.message("train", say)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -22,6 +22,7 @@ from torch import Tensor, distributed
 
 from pipeline import progress
 from pipeline.errors import DataError, NonFinite
+from pipeline.labelled import padded_ids
 from pipeline.sections import Pooling
 from pipeline.training.feature_store import FeatureSet, Index
 from pipeline.training.pooling import POOLINGS
@@ -84,14 +85,6 @@ def pooled(pooling: Pooling) -> Kept:
 def padded_length(length: int, sequence_length: int) -> int:
     """Tokens that a row of `length` is padded to."""
     return min(-(-length // MULTIPLE) * MULTIPLE, max(length, sequence_length))
-
-
-def right_padded(rows: Sequence[Sequence[int]], *, pad_token: int, length: int | None = None) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, int64 [B, T], padded on the right to `length` or the longest row."""
-    length = max(map(len, rows)) if length is None else length
-    ids = [[*row, *[pad_token] * (length - len(row))] for row in rows]
-    mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
 def features(
@@ -169,7 +162,7 @@ def _kept(base: Any, rows: list[Sequence[int]], *, length: int, kept: Kept, pad_
     device = next(base.parameters()).device
     batch = {
         name: tensor.to(device)
-        for name, tensor in right_padded(rows, pad_token=pad_token, length=length).items()
+        for name, tensor in padded_ids(rows, pad_token=pad_token, length=length).items()
     }  # fmt: skip
     hidden = hidden_states(base, **batch)
     vectors = kept.select(hidden, batch["attention_mask"], batch["input_ids"]).to("cpu", torch.float32)

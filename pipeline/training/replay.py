@@ -15,8 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from pipeline.encoding import IGNORED
 from pipeline.errors import UnsupportedFormat
+from pipeline.labelled import padded_ids
 from pipeline.training.feature_rows import LabelledRows, PositionRows, Rows, tagged_rows
-from pipeline.training.features import Features, Kept, padded_length, right_padded
+from pipeline.training.features import Features, Kept, padded_length
 
 TOLERANCE = 1e-3  # of the largest logit: what another shape of the same product rounds otherwise
 SAMPLE = 4  # rows that are compared
@@ -80,7 +81,7 @@ def kept_of(model: Any, rows: Sequence[Sequence[int]], *, sequence_length: int, 
     device = next(model.parameters()).device
     batch = {
         name: tensor.to(device)
-        for name, tensor in right_padded(sample, pad_token=pad_token, length=length).items()
+        for name, tensor in padded_ids(sample, pad_token=pad_token, length=length).items()
     }  # fmt: skip
     model.eval()
     hidden, logits = _real(model, batch)

@@ -27,8 +27,8 @@ from transformers.trainer_utils import validate_quantization_for_training
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, NonFinite, UnsupportedFormat
+from pipeline.labelled import padded_ids
 from pipeline.training.feature_loop import fit
-from pipeline.training.features import right_padded
 from pipeline.training.head import WEIGHTS, head_weights, merge_head, prepare, write_head
 from pipeline.training.model import load
 from pipeline.training.replay import Replay, head_rows, kept_of
@@ -98,7 +98,7 @@ def test_replayed_features_give_the_logits_of_the_real_forward_pass(bases, name,
     rows, labels = toy_rows(20)
     model = head(bases[name]).eval()
     with torch.no_grad():
-        expected = model(**right_padded(rows, pad_token=0, length=64)).logits
+        expected = model(**padded_ids(rows, pad_token=0, length=64)).logits
     replay, data, kept = replayed(model, rows, labels, tmp_path)
     assert kept.name == BASES[name][1]
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_a_real_token_that_is_the_paddings_is_passed_over_as_the_architecture_do
     model = head(bases["llama"]).eval()
     rows = [[5, 6, 7, 0], [8, 9, 0, 0], [5, 6, 7]]
     with torch.no_grad():
-        expected = model(**right_padded(rows, pad_token=0, length=64)).logits
+        expected = model(**padded_ids(rows, pad_token=0, length=64)).logits
     assert torch.equal(expected[0], expected[2])
     replay, data, _ = replayed(model, rows, [0, 1, 2], tmp_path)
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_every_label_of_a_tagged_row_is_judged_and_no_padding(bases, name, tmp_p
     rows, _ = toy_rows(20)
     labels = [[-100 if token % 3 else token % 2 for token in row] for row in rows]
     model = head(bases[name], task="tagged", classes=("B", "O")).eval()
-    batch = right_padded(rows, pad_token=0, length=64)
+    batch = padded_ids(rows, pad_token=0, length=64)
     wanted = torch.full((20, 64), -100)
     for row, tags in zip(wanted, labels, strict=True):
         row[: len(tags)] = torch.tensor(tags)
@@ -173,7 +173,7 @@ def test_a_head_that_looks_at_more_than_hidden_states_is_sent_to_trainer(tmp_pat
     rows, _ = toy_rows(8)
     with pytest.raises(UnsupportedFormat, match=r"looks at more than .*; set train\.engine: trainer"):
         kept_of(model, rows, sequence_length=64, pad_token=0)
-    model(**right_padded(rows, pad_token=0))  # its base model is back
+    model(**padded_ids(rows, pad_token=0))  # its base model is back
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "bert base", "roberta"])
@@ -194,7 +194,7 @@ def test_a_trained_head_laid_on_its_base_loads_in_transformers_with_nothing_miss
     setattr(model, model.base_model_prefix, real)
     if getattr(stub, "pooler", None) is not None:
         assert real.pooler is stub.pooler
-    batch = right_padded(rows, pad_token=0, length=64)
+    batch = padded_ids(rows, pad_token=0, length=64)
     with torch.no_grad():
         torch.testing.assert_close(
             loaded_.eval().float()(**batch).logits, model.eval()(**batch).logits, rtol=1e-3, atol=1e-3
@@ -241,7 +241,7 @@ def test_a_quantized_base_keeps_its_packed_bytes_under_a_dense_head(bases, tmp_p
 def test_a_base_in_bf16_carries_a_head_in_float32(bases):
     model = head(bases["llama"], dtype=torch.bfloat16)
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
-    assert model(**right_padded([[5, 6]], pad_token=0)).logits.dtype == torch.float32
+    assert model(**padded_ids([[5, 6]], pad_token=0)).logits.dtype == torch.float32
 
 
 def test_a_base_that_lacks_weights_is_refused_and_one_without_such_a_head_too(bases, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,10 +27,10 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import validate_quantization_for_training
 
 from pipeline.errors import CheckpointError, NonFinite, RecipeError, UnsupportedFormat
+from pipeline.labelled import padded_ids, padded_pairs
 from pipeline.pairing import WEIGHTS, carry, seal
 from pipeline.sections import Projector
 from pipeline.training import load_projected
-from pipeline.training.features import right_padded
 from pipeline.training.projected import read_projector, write_projector
 from pipeline.training.projector import ProjectedModel, ProjectorLayer, contrastive, describe
 from tests.training.feature_runs import (
@@ -55,7 +57,7 @@ class Collated:
     """Trainer's collator for (ids, label): padded on the right to 64 tokens."""
 
     def __call__(self, batch):
-        found = right_padded([ids for ids, _ in batch], pad_token=0, length=64)
+        found = padded_ids([ids for ids, _ in batch], pad_token=0, length=64)
         return {**found, "labels": torch.tensor([label for _, label in batch])}
 
 
@@ -114,7 +116,7 @@ def test_the_contrastive_loss_is_the_cross_entropy_of_cosines_and_knows_hard_neg
 
 def test_the_model_pools_projects_and_judges_by_task(folder):
     model = ProjectedModel(loaded(folder), description(pooling="mean"))
-    batch = right_padded([[5, 6, 7], [8]], pad_token=0)
+    batch = padded_ids([[5, 6, 7], [8]], pad_token=0)
     hidden = loaded(folder).model(**batch).last_hidden_state
     by_hand = torch.stack([hidden[0].mean(0), hidden[1, 0]])
     output = model(**batch, labels=torch.tensor([2, 0]))
@@ -145,7 +147,7 @@ def test_the_backbone_is_frozen_in_evaluation_mode_and_without_gradients(tmp_pat
     assert [name for name, weight in model.named_parameters() if weight.requires_grad] == [
         "projector.layer.output.weight", "projector.layer.output.bias",
     ]  # fmt: skip
-    batch = right_padded([[5, 6, 7], [8, 9]], pad_token=0)
+    batch = padded_ids([[5, 6, 7], [8, 9]], pad_token=0)
     assert torch.equal(model(**batch).logits, model(**batch).logits)  # no dropout
     assert not model.features(**batch).requires_grad
     model.backbone.encoder.layer[0].output.dense.weight.requires_grad_()
@@ -170,7 +172,7 @@ def test_models_without_hidden_states_for_tokens_are_refused(folder):
 
 
 def test_a_base_model_and_a_language_model_give_the_same_features(folder):
-    batch = right_padded([[5, 6, 7], [8]], pad_token=0)
+    batch = padded_ids([[5, 6, 7], [8]], pad_token=0)
     one = ProjectedModel(loaded(folder), description())
     two = ProjectedModel(AutoModel.from_pretrained(folder, dtype=torch.float32), description())
     assert torch.equal(one.features(**batch), two.features(**batch))
@@ -196,6 +198,24 @@ def test_trainer_trains_the_projector_of_a_bf16_backbone_and_nothing_else(folder
     losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] / 2
     assert same(weights(model.backbone), before)
+
+
+def test_trainer_trains_pairs_some_with_hard_negatives(folder, tmp_path):
+    texts, _ = toy_rows(48, seed=3, shortest=6, longest=12)
+    rows = [
+        PairExample(anchor=text[:4], positive=text[3:], negative=texts[i - 1] if i % 3 == 0 else None)
+        for i, text in enumerate(texts)
+    ]
+    model = ProjectedModel(loaded(folder), description(task="pairs", classes=None, pooling="mean", kind="mlp"))
+    run = arguments(tmp_path, num_train_epochs=20, per_device_train_batch_size=12)
+    made = Trainer(
+        model=model, args=run, train_dataset=rows, eval_dataset=rows,
+        data_collator=partial(padded_pairs, pad_token=0),
+    )  # fmt: skip
+    made.remove_callback(PrinterCallback)
+    before = made.evaluate()["eval_loss"]
+    made.train()
+    assert made.evaluate()["eval_loss"] < 0.7 * before
 
 
 def test_trainers_checkpoints_hold_what_trains_alone_and_resume_to_the_same_bits(folder, tmp_path, caplog):
@@ -245,7 +265,7 @@ def test_a_projected_folder_loads_with_one_call_dense_and_quantized(folder, tmp_
     write_projector(trained, layer, description(kind="mlp"))
     dense = backbone(tmp_path / "dense")
     carry(trained, dense)
-    batch = right_padded([[5, 6, 7], [8]], pad_token=0)
+    batch = padded_ids([[5, 6, 7], [8]], pad_token=0)
     model = load_projected(dense)
     expected = ProjectedModel(loaded(folder), description(kind="mlp"), layer=layer)
     assert torch.equal(model(**batch).logits, expected(**batch).logits)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.labelled import padded_ids
 from pipeline.training.feature_schedule import Schedule
-from pipeline.training.features import right_padded
 from pipeline.training.projector import ProjectorLayer
 from tests.training.feature_runs import arguments, cached, description, loaded, toy_rows, trained_on, weights
 
@@ -28,7 +28,7 @@ def plain_loop(backbone: Any, rows: Any, labels: Any, schedule: Schedule) -> nn.
     optimizer = torch.optim.AdamW(projector.parameters(), lr=RATE, weight_decay=0.0, fused=True)
     loss_fn = nn.CrossEntropyLoss()
     for _, chosen in schedule.batches(0):
-        batch = right_padded([rows[i] for i in chosen.tolist()], pad_token=0, length=64)
+        batch = padded_ids([rows[i] for i in chosen.tolist()], pad_token=0, length=64)
         with torch.no_grad():
             outputs = backbone(**batch, output_hidden_states=True)
         hidden = outputs.hidden_states[-1]

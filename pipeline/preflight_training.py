@@ -11,6 +11,7 @@ from pipeline.argument_names import HONOURED
 from pipeline.catalog import format_of, format_to, require_libraries
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DataError, MissingLibrary, RecipeError
+from pipeline.launcher import read_launch
 from pipeline.recipe import Recipe
 from pipeline.sections import LABELLED, Kind, Train
 from pipeline.targets import BASE_TARGETS, AWQTarget, GPTQTarget, Target
@@ -58,6 +59,10 @@ def _check_options(recipe: Recipe, base: str) -> None:
         raise RecipeError(
             f"train.arguments: {foreign[0]} is Trainer's, the loop on features knows {', '.join(sorted(HONOURED))}; "
             "leave it out, or use engine trainer"
+        )
+    if train.resolved_engine == "features" and read_launch(train.launcher).fsdp:
+        raise RecipeError(
+            "train.launcher.config: FSDP shards a model that trains, and engine features has none; choose MULTI_GPU"
         )
     if train.merge_base != "dequantized" and base not in BASE_TARGETS:
         raise RecipeError(

@@ -7,11 +7,10 @@ one tensor. A head takes its place in the architecture, a projector lies beside 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import pairing, progress
+from pipeline import progress
 from pipeline.checkpoint import Checkpoint, copy_companions
 from pipeline.encoding import load_tokenizer
 from pipeline.evaluation.load import load_model
@@ -21,6 +20,7 @@ from pipeline.shards import DTYPES, ShardReader
 from pipeline.training import head, lora
 from pipeline.training.examples import mean_loss, read_examples
 from pipeline.training.model import open_dense
+from pipeline.training.projected import lay_beside
 from pipeline.training.task import Task, write_config
 
 
@@ -43,17 +43,8 @@ def run(job: Job) -> Iterator[Output]:
         if "head" in job.inputs:
             head.merge_head(base, job.inputs["head"], folder)
         else:
-            _lay_beside(base, job.inputs["projector"], folder)
+            lay_beside(base, job.inputs["projector"], folder)
         yield Output(variant="tuned", folder=folder)
-
-
-def _lay_beside(base: Checkpoint, projector: Path, folder: Path) -> None:
-    """The backbone as it is, dense or quantized, and the projector, sealed to each other."""
-    for name in base.files:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(base.folder / name, folder / name)
-    copy_companions(base.path, folder)
-    pairing.carry(projector, folder)
 
 
 def _better(job: Job) -> Output:

@@ -31,6 +31,9 @@ from pipeline.training.model import compute_dtype, load
 from pipeline.training.projected import write_projector
 from pipeline.training.projector import FeatureProjector, ProjectorLayer, base_of, describe, width_of
 from pipeline.training.task import Task
+from pipeline.training.watching import written_to
+
+LIMIT = 50 * 10**9  # bytes of features that a store keeps; what was used longest ago makes room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +58,7 @@ class Ground:
         return features(
             model, texts, folder=self.job.cache or self.job.workspace / "features", backbone=backbone,
             dtype=str(self.dtype), kept=kept, width=width, sequence_length=self.job.options["sequence_length"],
-            pad_token=self.task.pad_token,
+            pad_token=self.task.pad_token, limit_bytes=LIMIT,
         )  # fmt: skip
 
 
@@ -67,7 +70,8 @@ def train(
     Raise CheckFailed where the run did not do what its method says; its checkpoint stays.
     """
     run = _head if ground.job.options["method"] == "head" else _projector
-    return run(ground, examples, validation, arguments, out)
+    with written_to(ground.job.logs or ground.job.workspace / "tensorboard"):
+        return run(ground, examples, validation, arguments, out)
 
 
 def _projector(

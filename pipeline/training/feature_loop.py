@@ -159,10 +159,14 @@ class _Loop:
 
     def _tell(self, step: int) -> None:
         last = step == self.schedule.steps
-        if self.main and (last or time.monotonic() - self.shown >= SHOWN):
+        logs = last or (self.log_every and step % self.log_every == 0)
+        logs = logs or (step == 1 and self.arguments.logging_first_step)
+        if self.main and (
+            logs or time.monotonic() - self.shown >= SHOWN
+        ):  # figures come after the step that they are of
             progress.step(STAGE, done=step, total=self.schedule.steps, unit="steps")
             self.shown = time.monotonic()
-        if last or (self.log_every and step % self.log_every == 0) or (step == 1 and self.arguments.logging_first_step):
+        if logs:
             self._tell_loss(step)
 
     def _tell_loss(self, step: int) -> None:

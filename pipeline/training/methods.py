@@ -18,7 +18,7 @@ from pipeline.packing import require_apart
 from pipeline.sections import Projector
 from pipeline.training import full, head, lora, qat
 from pipeline.training.model import Loaded, compute_dtype, head_names, load, open_dense
-from pipeline.training.projected import write_projector
+from pipeline.training.projected import write_backbone, write_projector
 from pipeline.training.projector import ProjectedModel, ProjectorLayer, describe, width_of
 from pipeline.training.task import Task, write_config
 
@@ -119,8 +119,11 @@ def _write_head(model: Any, _: Ready, base: Checkpoint, folder: Path) -> None:
     head.write_head(folder, model, base.path)
 
 
-def _write_projector(model: Any, _ready: Ready, _base: Checkpoint, folder: Path) -> None:
+def _write_projector(model: Any, ready: Ready, base: Checkpoint, folder: Path) -> None:
     write_projector(folder, model.projector.layer, model.description)
+    inner = {name.removeprefix("backbone.") for name in ready.trainable if name.startswith("backbone.")}
+    if inner:
+        write_backbone(model.backbone, inner, base, folder)
 
 
 METHODS: Mapping[str, Method] = {

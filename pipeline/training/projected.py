@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline import pairing
-from pipeline.checkpoint import Checkpoint, inside
-from pipeline.errors import CheckpointError, NonFinite
+from pipeline.checkpoint import INDEX, Checkpoint, copy_companions, inside
+from pipeline.errors import CheckpointError, NonFinite, UnsupportedFormat
 from pipeline.evaluation.load import load_model
 from pipeline.model_class import class_of
 from pipeline.pairing import Description
+from pipeline.training.full import stored_state, write_tuned
 from pipeline.training.projector import ProjectedModel, ProjectorLayer
+
+BACKBONE = "backbone.safetensors"  # what trained of it, where the recipe's `trainable` named some
 
 
 def write_projector(folder: Path, layer: ProjectorLayer, description: Description) -> None:
@@ -27,6 +34,33 @@ def write_projector(folder: Path, layer: ProjectorLayer, description: Descriptio
             raise NonFinite(f"projector: {name} holds NaN or infinity; lower train.arguments.learning_rate")
     save_file(tensors, folder / pairing.WEIGHTS, metadata={"format": "pt"})
     pairing.write_description(folder, description)
+
+
+def write_backbone(backbone: Any, names: Collection[str], base: Checkpoint, folder: Path) -> None:
+    """Write what trained of the backbone beside the projector, by the names that `base` stores it under."""
+    state = stored_state(backbone)
+    found: dict[str, torch.Tensor] = {}
+    for name in sorted(names):
+        stored = [key for key in base.tensors if key == name or key.endswith(f".{name}")]
+        if name not in state or len(stored) != 1:
+            raise UnsupportedFormat(
+                f"{base.path}: does not store {name} by that name, so it could not be written back; use method head"
+            )
+        found[stored[0]] = state[name].detach().cpu().contiguous()
+    save_file(found, folder / BACKBONE, metadata={"format": "pt"})
+
+
+def lay_beside(base: Checkpoint, projector: Path, folder: Path) -> None:
+    """Write the backbone, dense or quantized, with what trained of it, and the projector, sealed to each other."""
+    if (projector / BACKBONE).exists():
+        write_tuned(load_file(projector / BACKBONE), base, folder, new=(), dropped=())
+    else:
+        index = (INDEX,) if (base.folder / INDEX).is_file() else ()
+        for name in (*base.shards, *index):
+            shutil.copyfile(base.folder / name, folder / name)
+    shutil.copyfile(base.folder / "config.json", folder / "config.json")
+    copy_companions(base.path, folder)
+    pairing.carry(projector, folder)
 
 
 def read_projector(folder: Path) -> tuple[ProjectorLayer, Description]:

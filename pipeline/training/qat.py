@@ -22,13 +22,20 @@ def prepare(model: Any, grid: Mapping[str, Any], *, dense: Collection[str]) -> N
     """
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+    from torchao.quantization.quant_primitives import ZeroPointDomain
 
     bits, group = int(grid["bits"]), int(grid["group_size"])
     symmetric = bool(grid.get("symmetric", False))  # AWQ has zero points
     head = model.get_output_embeddings()
     try:
-        shape = {"granularity": "per_channel"} if group == -1 else {"group_size": group}
-        config = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), is_symmetric=symmetric, **shape)
+        shape: dict[str, Any] = {"granularity": "per_channel"} if group == -1 else {"group_size": group}
+        if not symmetric:
+            # torchao 0.18 makes floating zero points whatever it is told, and by default reads them as integers, which
+            # cuts off whatever lies on one side. Unsigned codes and floating zero points are what it means.
+            shape |= {"zero_point_domain": ZeroPointDomain.FLOAT, "zero_point_precision": torch.float32}
+        config = IntxFakeQuantizeConfig(
+            getattr(torch, f"{'int' if symmetric else 'uint'}{bits}"), is_symmetric=symmetric, **shape
+        )
         quantize_(
             model,
             QATConfig(weight_config=config, step="prepare"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import os
 import resource
@@ -115,3 +116,26 @@ def say_where(reporters: list[str], folder: Path | None) -> None:
     place = os.environ.get(_TENSORBOARD_FOLDER, folder)
     if "tensorboard" in reporters and place and processes.is_main():
         progress.message(STAGE, f"watch it with: tensorboard --logdir {place}")
+
+
+@contextlib.contextmanager
+def written_to(folder: Path | None) -> Iterator[None]:
+    """Have TensorBoard, where it is installed, told of the block's figures: for a loop that is not Trainer's."""
+    if folder is None or not processes.is_main() or importlib.util.find_spec("tensorboard") is None:
+        yield
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    done = 0
+    with SummaryWriter(str(folder)) as writer:
+
+        def tell(event: progress.Event) -> None:
+            nonlocal done
+            if isinstance(event, progress.Step):
+                done = event.done
+            elif isinstance(event, progress.Metric):
+                writer.add_scalar(f"train/{event.name}", event.value, done)
+
+        say_where(["tensorboard"], folder)
+        with progress.shown_by(tell):
+            yield

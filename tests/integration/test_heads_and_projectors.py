@@ -112,8 +112,9 @@ def test_a_projector_on_a_quantized_source_rewrites_no_tensor_of_it(root):
     assert scores(plan)["tuned"].accuracy > 0.9
 
 
-def test_some_of_the_backbone_trains_beside_a_head_where_the_recipe_names_it(root):
-    plan = ran(root, "beside", "head", "auto", "classes", "train.trainable=[model.layers.1.mlp.*]",
+@pytest.mark.parametrize(("method", "prefix"), [("head", "model"), ("projector", "backbone")])
+def test_some_of_the_backbone_trains_beside_a_head_where_the_recipe_names_it(root, method, prefix):
+    plan = ran(root, f"beside-{method}", method, "auto", "classes", f"train.trainable=[{prefix}.layers.1.mlp.*]",
                "train.arguments.num_train_epochs=2")  # fmt: skip
     assert plan.step("train").options["engine"] == "trainer"
     made = outcome.made(plan)

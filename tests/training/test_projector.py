@@ -26,12 +26,13 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import validate_quantization_for_training
 
+from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, NonFinite, RecipeError, UnsupportedFormat
-from pipeline.labelled import padded_ids, padded_pairs
+from pipeline.labelled import PairExample, padded_ids, padded_pairs
 from pipeline.pairing import WEIGHTS, carry, seal
 from pipeline.sections import Projector
 from pipeline.training import load_projected
-from pipeline.training.projected import read_projector, write_projector
+from pipeline.training.projected import lay_beside, read_projector, write_projector
 from pipeline.training.projector import ProjectedModel, ProjectorLayer, contrastive, describe
 from tests.training.feature_runs import (
     CLASSES,
@@ -304,3 +305,15 @@ def test_a_projector_that_is_not_finite_is_never_written(tmp_path):
     with pytest.raises(NonFinite, match=r"output\.bias holds NaN"):
         write_projector(tmp_path, layer, description())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_projector_is_laid_beside_a_backbone_of_several_shards(folder, tmp_path):
+    loaded(folder).save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    base = Checkpoint.open(tmp_path / "sharded")
+    assert len(base.shards) > 1
+    for part in ("projector", "pair"):
+        (tmp_path / part).mkdir()
+    layer = ProjectorLayer(description(), seed=3)
+    write_projector(tmp_path / "projector", layer, description())
+    lay_beside(base, tmp_path / "projector", tmp_path / "pair")
+    assert same(weights(load_projected(tmp_path / "pair").projector.layer), weights(layer))

@@ -30,12 +30,7 @@ def model(base):
 
 @pytest.mark.parametrize(
     "grid",
-    [
-        GRID,
-        {**GRID, "symmetric": True},
-        {"bits": 8, "group_size": 64},
-        {"bits": 3, "group_size": -1, "symmetric": True},
-    ],
+    [GRID, GRID | {"symmetric": True}, GRID | {"bits": 8}, {"bits": 3, "group_size": -1, "symmetric": True}],
 )
 def test_a_layer_computes_with_its_weights_on_the_grid_and_the_head_does_not(base, grid):
     made = model(base)

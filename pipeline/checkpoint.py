@@ -262,9 +262,9 @@ def _named_shards(folder: Path) -> dict[str, str]:
     return {}
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy what goes along with the weights of the folder `source` to `folder`, byte for byte."""
-    for name in _companions(source):
+def copy_companions(source: Path, folder: Path, *, but: frozenset[str] = frozenset()) -> None:
+    """Copy what goes along with the weights of the folder `source`, `but` for some, to `folder`, byte for byte."""
+    for name in (name for name in _companions(source) if name not in but):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
 

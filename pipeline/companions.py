@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# A projector fits the weights that it was trained on, and no others.
+PROJECTOR = frozenset({"projector.json", "projector.safetensors"})
 # Copied unchanged, beside the weights: configs, tokenizer, chat template, licence, a projector that was trained on the
 # weights, and the code of models that bring their own (copied; it runs only where the recipe trusts it).
 COMPANIONS = (

@@ -30,8 +30,8 @@ TRAINED = {"lora": "adapter", "head": "head", "projector": "projector", "full": 
 class Graph:
     """Lays out steps; each knows the origins of those before it.
 
-    `kind` is what the training rows are. `quantized` says whether the source is, `classifier` whether it has a head of
-    its own, so that it can be judged beside what becomes of it.
+    `kind` is what the training rows are. `quantized` says whether the source is, `classifier` whether it has a trained
+    head for such rows, so that it can be judged beside what becomes of it.
     """
 
     def __init__(

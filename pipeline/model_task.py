@@ -72,6 +72,18 @@ def labels_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"LABEL_{i}" for i in range(count if isinstance(count, int) else 2))
 
 
+def own_labels(config: Mapping[str, Any], kind: Kind) -> tuple[str, ...] | None:
+    """The labels of a head that a model already has for rows of `kind`, in order; None where its head is for others.
+
+    Of a regression, and of a head that was never told its labels' names, None too.
+    """
+    name = str((config.get("architectures") or [""])[0])
+    suffix = {"classification": "ForSequenceClassification", "tagged": "ForTokenClassification"}.get(kind)
+    names = labels_of(config)
+    placeholders = all(name == f"LABEL_{i}" for i, name in enumerate(names))
+    return names if suffix and name.endswith(suffix) and not placeholders else None
+
+
 def classes_of(folder: Path) -> tuple[str, ...] | None:
     """The names of the labels that the model in a folder chooses from, or None where it gives numbers or vectors."""
     if pairing.is_projected(folder):

@@ -13,8 +13,8 @@ from pipeline.catalog import Format, format_of
 from pipeline.checkpoint import Checkpoint
 from pipeline.digests import DigestCache
 from pipeline.graph import Graph
+from pipeline.model_task import own_labels
 from pipeline.preflight import check, open_model
-from pipeline.preflight_training import is_classifier
 from pipeline.recipe import Recipe
 from pipeline.sizes import Sizes, dense_sizes
 from pipeline.steps import Planned, Step
@@ -60,7 +60,8 @@ def make_plan(recipe: Recipe, *, until: str = "evaluate") -> Plan:
     digest = cache.files(source.folder, source.files)
     graph = Graph(
         recipe, store, sizes, digest, cache,
-        kind=kind, quantized=source.quantization is not None, classifier=is_classifier(source.config),
+        kind=kind, quantized=source.quantization is not None,
+        classifier=bool(kind and own_labels(source.config, kind)),
     )  # fmt: skip
     steps = list(graph.steps(until))
     cache.save()

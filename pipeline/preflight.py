@@ -11,7 +11,8 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DataError
 from pipeline.gguf_files import is_gguf
 from pipeline.launcher import read_launch
-from pipeline.preflight_training import check_kinds, check_training, is_classifier
+from pipeline.model_task import kind_for, task_of
+from pipeline.preflight_training import check_kinds, check_training
 from pipeline.recipe import Recipe
 from pipeline.reloadable import check_reload
 from pipeline.rows import check_rows, lacks_chat_template
@@ -54,7 +55,9 @@ def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> Kind | None:
     if "messages" in kinds.values() and _lacks_chat_template(source):
         key = next(key for key, kind in kinds.items() if kind == "messages")
         raise DataError(f"{key}: holds messages, but the tokenizer of {source.path} has no chat template")
-    check_kinds(recipe.train, kinds, classifier=is_classifier(source.config))
+    check_kinds(recipe.train, kinds)
+    if recipe.train.method == "none" and recipe.evaluation_data and not source.is_gguf:
+        kind_for(task_of(source.folder), kinds["evaluate.data"], data=recipe.evaluation_data, named=recipe.source)
     return kinds.get("train.data")
 
 

@@ -91,7 +91,7 @@ def _quantized(base: str, source: Checkpoint) -> tuple[str, Mapping[str, Any] | 
     return row.title, source.quantization.raw
 
 
-def check_kinds(train: Train, kinds: Mapping[str, Kind], *, classifier: bool) -> None:
+def check_kinds(train: Train, kinds: Mapping[str, Kind]) -> None:
     """Raise DataError where a method cannot learn from such rows, or is judged on rows of another kind."""
     learned, judged = kinds.get("train.data"), kinds.get("evaluate.data")
     fitting = ROWS_OF.get(train.method)
@@ -105,20 +105,10 @@ def check_kinds(train: Train, kinds: Mapping[str, Kind], *, classifier: bool) ->
     if train.packing and learned in LABELLED:
         raise RecipeError(f"train.packing: is for conversations and prompts, the rows are {learned}; leave it out")
     expected = learned if learned in LABELLED else None
-    if learned is None and classifier:
-        return  # judged as what its head is, which the stage knows
-    if judged and (judged if judged in LABELLED else None) != expected:
+    if learned and judged and (judged if judged in LABELLED else None) != expected:
         raise DataError(
-            f"evaluate.data: holds {judged} rows, but the model learns from {learned or 'none, it gives tokens'}; name "
-            "rows of that kind"
+            f"evaluate.data: holds {judged} rows, but the model learns from {learned}; name rows of that kind"
         )
-
-
-def is_classifier(config: Mapping[str, Any]) -> bool:
-    """Whether a model has a classification head of its own, by the class that its config names."""
-    return str((config.get("architectures") or [""])[0]).endswith(
-        ("ForSequenceClassification", "ForTokenClassification")
-    )
 
 
 def _check_grid(targets: Sequence[Target]) -> None:

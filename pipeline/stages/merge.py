@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline import progress
 from pipeline.checkpoint import Checkpoint, copy_companions
+from pipeline.companions import PROJECTOR
 from pipeline.encoding import load_tokenizer
 from pipeline.evaluation.load import load_model
 from pipeline.jobs import Job, Output, fresh
@@ -99,5 +100,5 @@ def _merge(base: Checkpoint, adapter: Path, folder: Path, *, trust_remote_code: 
                 writer.write(name, reader[name])
             progress.step("merge", done=done, total=len(shapes), unit="tensors")
     write_config(base, task, folder)
-    copy_companions(base.path, folder)
+    copy_companions(base.path, folder, but=PROJECTOR)
     return changed

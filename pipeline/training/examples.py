@@ -45,7 +45,7 @@ def task_of(job: Job, base: Checkpoint, tokenizer: Any) -> Task:
         return Task(kind=kind, pad_token=pad)
     # Of every part: a label that only held-out rows have is one of the model's too.
     everything = data.model_copy(update={"held_out": 0.0, "validation": 0.0, "part": "train"})
-    return Task(kind=kind, pad_token=pad, classes=known_classes(base, classes_of(read_rows(everything))))
+    return Task(kind=kind, pad_token=pad, classes=known_classes(base, kind, classes_of(read_rows(everything))))
 
 
 def read_examples(job: Job, role: str, task: Task, tokenizer: Any) -> Examples:

@@ -18,6 +18,7 @@ from torch import nn
 
 from pipeline import progress
 from pipeline.checkpoint import Checkpoint, copy_companions, read_json
+from pipeline.companions import PROJECTOR
 from pipeline.errors import CheckpointError, NonFinite, UnsupportedFormat
 from pipeline.shard_writer import ShardWriter
 from pipeline.shards import DTYPE_NAMES, DTYPES, ShardReader
@@ -97,7 +98,7 @@ def merge_head(base: Checkpoint, head: Path, folder: Path) -> None:
         for done, (name, (dtype, _)) in enumerate(shapes.items(), start=1):
             writer.write(name, (new[name] if name in new else reader[names[name]]).to(DTYPES[dtype]))
             progress.step("merge", done=done, total=len(shapes), unit="tensors")
-    copy_companions(base.path, folder)
+    copy_companions(base.path, folder, but=PROJECTOR)
     (folder / "config.json").write_bytes((head / "config.json").read_bytes())
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.checkpoint import Checkpoint, copy_companions
+from pipeline.companions import PROJECTOR
 from pipeline.model_class import class_of
 from pipeline.packing import require_apart
 from pipeline.sections import Projector
@@ -112,7 +113,7 @@ def _write_tuned(model: Any, ready: Ready, base: Checkpoint, folder: Path) -> No
     state = full.stored_state(model)
     full.write_tuned(state, base, folder, new=sorted(loaded.new), dropped=loaded.task.dropped)
     write_config(base, loaded.task, folder)
-    copy_companions(base.path, folder)
+    copy_companions(base.path, folder, but=PROJECTOR)
 
 
 def _write_head(model: Any, _: Ready, base: Checkpoint, folder: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pipeline.checkpoint import Checkpoint, read_json
 from pipeline.errors import CheckpointError, DataError
+from pipeline.model_task import own_labels
 from pipeline.sections import LABELLED, Kind, ProjectorTask
 
 FILE = "task.json"
@@ -110,20 +111,17 @@ def write_config(base: Checkpoint, task: Task, folder: Path) -> None:
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def known_classes(base: Checkpoint, found: tuple[str, ...]) -> tuple[str, ...]:
+def known_classes(base: Checkpoint, kind: Kind, found: tuple[str, ...]) -> tuple[str, ...]:
     """The classes in the order that the base's trained head has them, or as `found` among the rows where it has none.
 
     Raise DataError where the rows hold a label that the head does not know.
     """
-    names = base.config.get("id2label")
-    if not isinstance(names, dict) or not names:
+    known = own_labels(base.config, kind)
+    if known is None:
         return found
-    ordered = tuple(str(names[key]) for key in sorted(names, key=int))
-    if all(name == f"LABEL_{i}" for i, name in enumerate(ordered)):  # transformers' placeholder
-        return found
-    if strange := sorted(set(found) - set(ordered)):
+    if strange := sorted(set(found) - set(known)):
         raise DataError(
-            f"train.data: label {strange[0]} is none of the {len(ordered)} that {base.path} knows "
-            f"({', '.join(ordered[:8])}); correct the rows, or start from a model without that head"
+            f"train.data: label {strange[0]} is none of the {len(known)} that {base.path} knows "
+            f"({', '.join(known[:8])}); correct the rows, or start from a model without that head"
         )
-    return ordered
+    return known

@@ -126,3 +126,12 @@ def test_shards_are_read_across_files_and_progress_counts_tensors(base, adapter,
     assert json.loads((output.folder / "config.json").read_text()) == json.loads((sharded / "config.json").read_text())
     found, expected = (load_file(each.folder / "model.safetensors") for each in (output, whole))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_projector_of_the_base_does_not_go_along_with_weights_that_changed(base, adapter, tmp_path):
+    projected = shutil.copytree(base, tmp_path / "projected")
+    (projected / "projector.json").write_text("{}")
+    (projected / "projector.safetensors").write_bytes(b"")
+    output = merged(projected, adapter, tmp_path / "merge")
+    assert not list(output.folder.glob("projector.*"))
+    assert (output.folder / "tokenizer.json").exists()

@@ -21,7 +21,7 @@ from pipeline.errors import CheckFailed
 from pipeline.jobs import Job, fresh
 from pipeline.model_class import class_of
 from pipeline.sections import Projector
-from pipeline.training import head, replay
+from pipeline.training import head, processes, replay
 from pipeline.training.checks import SAMPLE, Record, check_loss, loss_of
 from pipeline.training.examples import Examples
 from pipeline.training.feature_loop import STAGE, Fitted, fit
@@ -29,7 +29,7 @@ from pipeline.training.feature_rows import LabelledRows, PairRows, Rows, pair_te
 from pipeline.training.features import Features, Kept, features, pooled
 from pipeline.training.model import compute_dtype, load
 from pipeline.training.projected import write_projector
-from pipeline.training.projector import FeatureProjector, ProjectorLayer, base_of, describe, width_of
+from pipeline.training.projector import FeatureProjector, ProjectorLayer, describe, width_of
 from pipeline.training.task import Task
 from pipeline.training.watching import written_to
 
@@ -50,6 +50,10 @@ class Ground:
         """What the backbone computes in."""
         return compute_dtype(self.base, self.device)
 
+    def placed(self, model: Any) -> Any:
+        """The model where it computes; a quantized one is there since it was loaded."""
+        return model.to(self.device) if self.base.quantization is None else model
+
     def features(self, model: Any, texts: Sequence[list[int]], kept: Kept, width: int) -> Features:
         """The features of `texts`, from the cache where they are there; `model` is called for the model otherwise."""
         cache = DigestCache()
@@ -69,6 +73,7 @@ def train(
 
     Raise CheckFailed where the run did not do what its method says; its checkpoint stays.
     """
+    _ = arguments.device  # has several processes meet, before they share the rows
     run = _head if ground.job.options["method"] == "head" else _projector
     with written_to(ground.job.logs or ground.job.workspace / "tensorboard"):
         return run(ground, examples, validation, arguments, out)
@@ -88,7 +93,7 @@ def _projector(
             base, Task(kind="text"), dtype=ground.dtype, seed=job.options["seed"], trust_remote_code=trust,
             model_class=class_of(base.config, trust_remote_code=trust),
         ).model  # fmt: skip
-        return base_of(loaded).to(ground.device) if base.quantization is None else loaded
+        return ground.placed(loaded)
 
     def rows(given: Examples) -> Rows:
         kept, width = pooled(section.pooling), description.in_features
@@ -102,7 +107,8 @@ def _projector(
     layer = ProjectorLayer(description, seed=job.options["seed"])
     module = FeatureProjector(layer, description.task)
     figures = _fitted(module, rows(examples), rows(validation) if validation else None, arguments)
-    write_projector(fresh(out), layer, description)
+    if processes.is_main():
+        write_projector(fresh(out), layer, description)
     return figures
 
 
@@ -114,7 +120,7 @@ def _head(
         ground.base, task, dtype=ground.dtype, seed=job.options["seed"], trust_remote_code=job.trust_remote_code
     )
     head.prepare(loaded)
-    model = loaded.model
+    model = ground.placed(loaded.model)
     texts = [item.input_ids for item in examples.items]
     kept = replay.kept_of(
         model, texts, sequence_length=job.options["sequence_length"], pad_token=task.pad_token
@@ -128,12 +134,13 @@ def _head(
         return replay.head_rows(found, labels, kept, tagging=task.kind == "tagged", regression=regression)
 
     trained, judged = rows(examples), rows(validation) if validation else None
-    module = replay.Replay(model)
+    module = replay.Replay(model).to("cpu")  # the head alone: its base is out of the way
     try:
         figures = _fitted(module, trained, judged, arguments)
     finally:
         module.undo()
-    head.write_head(fresh(out), model, ground.base.path)
+    if processes.is_main():
+        head.write_head(fresh(out), model, ground.base.path)
     return figures
 
 

@@ -69,7 +69,8 @@ def ran(root: Path, source: Path, target: str, *overrides: str) -> Plan:
     text = RECIPE.format(root=root, source=source, target=written)
     plan = make_plan(parse_recipe(text, where="r.yaml", overrides=overrides))
     for step in plan.steps:
-        run_step(plan, step)
+        # Loading GPTQ and AWQ changes transformers for the whole process.
+        run_step(plan, step, isolated=step.stage == "train")
     return plan
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from pipeline import progress
 from pipeline.errors import RecipeError
+from pipeline.sections import Data
 from pipeline.stages import train
 from pipeline.training.memory import MicroBatch, known_micro_batch
 from tests.checkpoints import tiny_llama
@@ -116,3 +118,23 @@ def test_out_of_memory_in_one_process_starts_all_of_them_again_with_fewer_rows(b
 def test_an_error_of_the_recipe_is_the_same_sentence_from_several_processes(base, tmp_path):
     with pytest.raises(RecipeError, match=r"train\.lora: .*nowhere.* not found"):
         launched(base, tmp_path, lora={"target_modules": ["nowhere"]}, data=rows(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_features_and_come_to_one_processs_projector(base, tmp_path):
+    path = tmp_path / "labels.jsonl"
+    path.write_text(
+        "".join(f'{{"text": "row {i} is {"odd" if i % 2 else "even"}", "label": {i % 2}}}\n' for i in range(40))
+    )
+    found = []
+    for processes, size in ((1, 8), (2, 4)):
+        workspace = tmp_path / str(processes)
+        job = training_job(
+            base, workspace, method="projector", data=Data(path=str(path)), launcher={"processes": processes},
+            per_device_train_batch_size=size, max_steps=10, use_cpu=True,
+        )  # fmt: skip
+        job.options.update(engine="features", projector={"kind": "linear"})
+        [output] = train.run(job)
+        found.append(tensors(output))
+    one, two = found
+    assert all(torch.allclose(two[name], one[name], atol=2e-5) for name in one)

@@ -31,7 +31,7 @@ from rich.table import Table
 from safetensors import safe_open
 
 from pipeline.child import WAITING
-from pipeline.execute import preload
+from pipeline.preloading import preload
 
 SIZES = {"half": synthetic.HALF_BILLION, "two": synthetic.TWO_BILLION, "tiny": synthetic.TINY}
 DEFAULT = ["nf4", "int8", "gptq", "awq", "fp8"]  # eight minutes on two cores

@@ -15,8 +15,9 @@ from typing import Any
 from pipeline import child
 from pipeline.errors import InputError, NonFinite
 from pipeline.evaluation.tasks import ENVIRONMENT
-from pipeline.execute import STAGES, preload
+from pipeline.execute import STAGES
 from pipeline.jobs import Job
+from pipeline.preloading import preload
 from pipeline.sections import Data
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import shutil
 import time
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from pipeline.evaluation.tasks import ENVIRONMENT
 from pipeline.jobs import Job
 from pipeline.manifest import Origin
 from pipeline.plan import Plan
+from pipeline.preloading import preload
 from pipeline.sections import Launcher
 from pipeline.steps import Step
 
@@ -30,9 +30,6 @@ STAGES = {
 }
 # Under the store's root: features of frozen backbones, which any later run may use, and what TensorBoard reads.
 FEATURES, LOGS = ".store/features", ".store/logs"
-# Imported once, before the first child is forked: a child then starts in a fifth of a second.
-PRELOAD = ("torch", "transformers", "transformers.models.auto.modeling_auto")
-TRAINING = ("peft", "transformers.trainer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,24 +63,6 @@ def check_space(root: Path, step: Step) -> None:
             f"{step.stage}: needs {step.needs.disk / 1e9:.2f} GB on {existing}, {free / 1e9:.2f} GB are free; "
             "free some with requant artifacts gc --keep 1, or name another store"
         )
-
-
-def preload(model_type: str, *, training: bool = True) -> tuple[str, ...]:
-    """The modules to import before the first child is forked, the architecture's own among them.
-
-    Without `training` those that only training needs are left out, which take two seconds.
-    """
-    modules = (*PRELOAD, *TRAINING) if training else PRELOAD
-    # find_spec of a submodule would import transformers here, so the file is looked for instead.
-    spec = importlib.util.find_spec("transformers")
-    name = f"transformers.models.{model_type}.modeling_{model_type}"
-    if (
-        spec
-        and spec.origin
-        and (Path(spec.origin).parent / "models" / model_type / f"modeling_{model_type}.py").exists()
-    ):
-        return (*modules, name)
-    return modules
 
 
 def work(task: Work) -> dict[str, str]:

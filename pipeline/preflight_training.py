@@ -12,6 +12,7 @@ from pipeline.catalog import format_of, format_to, require_libraries
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DataError, MissingLibrary, RecipeError
 from pipeline.launcher import read_launch
+from pipeline.preloading import preload
 from pipeline.recipe import Recipe
 from pipeline.sections import LABELLED, Kind, Train
 from pipeline.targets import BASE_TARGETS, AWQTarget, GPTQTarget, Target
@@ -43,7 +44,13 @@ def check_training(recipe: Recipe, source: Checkpoint) -> None:
     answer = Answer()
     if raw is not None or train.method == "projector":
         # In a child: the libraries that know are the ones that the plan must not import.
-        answer = child.run("pipeline.trainability:ask", source.config, raw, recipe.trust_remote_code)
+        answer = child.run(
+            "pipeline.trainability:ask",
+            source.config,
+            raw,
+            recipe.trust_remote_code,
+            preload=preload(source.model_type),
+        )
     engine = train.resolved_engine
     reason = refusal(train.method, engine, format_title=title, base=base, arguments=train.arguments, answer=answer)
     if reason:

@@ -41,7 +41,7 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _asked_here(monkeypatch):
     """The answers come from this process: a child for each plan would pay the imports again."""
-    monkeypatch.setattr(preflight_training.child, "run", lambda _, *given: ask(*given))
+    monkeypatch.setattr(preflight_training.child, "run", lambda _, *given, **__: ask(*given))
 
 
 def planned(root: Path, source: str, *overrides: str) -> Plan:

@@ -55,7 +55,7 @@ def _run_flow(plan: Plan, recipe: Recipe) -> dict[str, str]:
     """Run the flow in this process, against the server of PREFECT_API_URL or a temporary one."""
     from flows.temporary_server import quiet_environment, temporary_server
     from pipeline import child
-    from pipeline.execute import preload
+    from pipeline.preloading import preload
 
     os.environ.update(quiet_environment())  # before Prefect is imported
     if plan.runs:

@@ -53,7 +53,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _asked_here(monkeypatch):
-    monkeypatch.setattr(preflight_training.child, "run", lambda _, *given: ask(*given))
+    monkeypatch.setattr(preflight_training.child, "run", lambda _, *given, **__: ask(*given))
 
 
 def plan(folder: Path, source: str, *overrides: str):

@@ -34,9 +34,14 @@ FEATURES, LOGS = ".store/features", ".store/logs"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a child is sent: a stage's job, and what to commit its outputs as."""
+    """What a child is sent: a stage's job, and what to commit its outputs as.
+
+    `only` is what the plan calls a step's only output, whatever the stage does: an upcast makes `dense`, and also
+    `dequantized`.
+    """
 
     stage: str
+    only: str | None
     job: Job
     store: Path
     name: str
@@ -72,17 +77,18 @@ def work(task: Work) -> dict[str, str]:
     committed: dict[str, str] = {}
     started = time.monotonic()
     for output in stage.run(task.job):
+        variant = task.only or output.variant
         artifact = store.commit(
             output.folder,
             name=task.name,
-            variant=output.variant,
-            origin=task.origins[output.variant],
+            variant=variant,
+            origin=task.origins[variant],
             parents=task.parents,
             metrics={**output.metrics, "seconds": round(time.monotonic() - started, 3)},
             notes=output.notes,
         )
         progress.message(task.stage, f"committed {artifact.reference}")
-        committed[output.variant] = artifact.reference
+        committed[variant] = artifact.reference
         started = time.monotonic()
     return committed
 
@@ -134,7 +140,10 @@ def _task(plan: Plan, step: Step, workspace: Path) -> Work:
         data=step.data,
         trust_remote_code=plan.recipe.trust_remote_code,
     )
-    return Work(stage=step.stage, job=job, store=plan.store.root, name=name, origins=origins, parents=parents)
+    only = step.outputs[0].variant if len(step.outputs) == 1 else None
+    return Work(
+        stage=step.stage, only=only, job=job, store=plan.store.root, name=name, origins=origins, parents=parents
+    )
 
 
 def _launcher(given: Launcher) -> Launcher:

@@ -162,6 +162,12 @@ class Checkpoint:
         return str(self.config.get("model_type", ""))
 
 
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The class that a config.json names first, or nothing."""
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raise CheckpointError if it is anything else."""
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.catalog import Format, format_of, format_to, require_libraries
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import Checkpoint, architecture_of
 from pipeline.errors import InputError
 from pipeline.reloadable import check_reload
 from pipeline.sizes import Sizes, check_target, dense_sizes, packed_modules
@@ -98,9 +98,7 @@ def inspect(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Facts
 
 def _architecture(checkpoint: Checkpoint) -> str:
     """The class that config.json names, or else its model_type."""
-    names = checkpoint.config.get("architectures")
-    named = str(names[0]) if isinstance(names, list) and names else ""
-    return named or checkpoint.model_type or "unknown"
+    return architecture_of(checkpoint.config) or checkpoint.model_type or "unknown"
 
 
 def _upcast(checkpoint: Checkpoint, row: Format, *, trust_remote_code: bool) -> tuple[Mapping[str, str], list[str]]:

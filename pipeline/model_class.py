@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args
 
+from pipeline.checkpoint import architecture_of
+
 
 def class_of(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
     """The class that comes first in `architectures`, or else AutoModelForCausalLM.
@@ -15,7 +17,7 @@ def class_of(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> A
     """
     import transformers
 
-    name = str((config.get("architectures") or [""])[0])
+    name = architecture_of(config)
     auto_map = config.get("auto_map")
     if trust_remote_code and isinstance(auto_map, dict):
         for auto, place in auto_map.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import pairing
-from pipeline.checkpoint import read_json
+from pipeline.checkpoint import architecture_of, read_json
 from pipeline.errors import DataError
 from pipeline.sections import LABELLED, Data, Kind
 
@@ -39,7 +39,7 @@ def task_of(folder: Path) -> Task:
 
 def task_of_config(config: Mapping[str, Any], *, named: str) -> Task:
     """What a model of such a config.json answers, by the class that comes first in `architectures`."""
-    name = str((config.get("architectures") or [""])[0])
+    name = architecture_of(config)
     if name.endswith("ForTokenClassification"):
         return "tagging"
     if name.endswith("ForSequenceClassification"):
@@ -77,7 +77,7 @@ def own_labels(config: Mapping[str, Any], kind: Kind) -> tuple[str, ...] | None:
 
     Of a regression, and of a head that was never told its labels' names, None too.
     """
-    name = str((config.get("architectures") or [""])[0])
+    name = architecture_of(config)
     suffix = {"classification": "ForSequenceClassification", "tagged": "ForTokenClassification"}.get(kind)
     names = labels_of(config)
     placeholders = all(name == f"LABEL_{i}" for i, name in enumerate(names))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import Checkpoint, architecture_of
 from pipeline.errors import UnsupportedFormat
 from pipeline.sizes import Sizes
 from pipeline.targets import AWQTarget, GPTQTarget, Target
@@ -51,7 +51,7 @@ def check_reload(dense: Checkpoint, sizes: Sizes, target: Target) -> None:
         why = "transformers joins the experts of a layer, and finds none of those that are packed one by one"
     if why is None and any(name.endswith(".gate_up_proj.weight") for name in sizes.shapes):
         why = _SPLIT
-    if why is None and _BASE_MODEL.search(str((dense.config.get("architectures") or [""])[0])):
+    if why is None and _BASE_MODEL.search(architecture_of(dense.config)):
         why = "it is a base model, and gptqmodel writes an output head that it does not have"
     # A GGUF file calls its layers otherwise, whatever the architecture.
     decoder = dense.is_gguf or any(_DECODER_LAYER.search(name) for name in sizes.linears)

@@ -1,8 +1,12 @@
-"""What every test runs under: no telemetry, no hub, and torch's threads asleep while they wait."""
+"""What every test runs under: no telemetry, no hub, torch's threads asleep while they wait, Ctrl-C as it should be."""
 
 import os
+import signal
 
 from pipeline.child import WAITING
 
 # Before torch is imported: OpenMP reads it once.
 os.environ.update({**WAITING, "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "HF_HUB_OFFLINE": "1"})
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a worker of pytest-xdist leaves it, to whatever it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)

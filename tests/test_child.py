@@ -401,15 +401,6 @@ def test_a_child_that_the_kernel_kills_for_memory_says_so():
 # --- who ends with whom ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _interruptible():
-    """Python's own handler: a test runner's worker may ignore the signal."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_interruptible")
 def test_an_interrupt_kills_the_child_and_what_it_started_before_it_goes_on(tmp_path):
     pids = tmp_path / "pids"
     interrupted = threading.Timer(0, lambda: (_noted(pids, 2), os.kill(os.getpid(), signal.SIGINT)))

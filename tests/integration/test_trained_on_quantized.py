@@ -89,7 +89,7 @@ def test_an_adapter_trained_on_each_format_is_requantized_to_it_and_better_than_
     assert Checkpoint.open(rows[variant].artifact.path).quantization.method == method
 
 
-@pytest.mark.parametrize("base", ["nf4", "int8"])
+@pytest.mark.parametrize("base", ["nf4"])
 def test_the_better_of_both_bases_is_chosen_on_training_rows_set_aside(root, base):
     plan = ran(root, root / "dense", "nf4", f"name=better-{base}", f"train.base={base}", "train.merge_base=better")
     made = outcome.made(plan)

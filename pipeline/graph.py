@@ -24,6 +24,12 @@ from pipeline.targets import BASE_TARGETS, Target
 # Raised when the same options give other bytes.
 STAGE_VERSIONS = {"upcast": 2, "train": 2, "merge": 2, "quantize": 1, "evaluate": 2}
 RUNTIME_BYTES = 600 * 10**6  # a process with torch and transformers imported
+# What an adapter that was trained on NF4 or int8 is merged into, by `merge_base`.
+MERGED_INTO: Mapping[str, Mapping[str, str]] = {
+    "dequantized": {"base": "dequantized"},
+    "original": {"base": "dense"},
+    "better": {"base": "dequantized", "original": "dense"},
+}
 TRAINED = {"lora": "adapter", "head": "head", "projector": "projector", "full": "tuned", "qat": "tuned"}
 
 
@@ -136,17 +142,13 @@ class Graph:
         if self._base not in BASE_TARGETS:
             yield self._merge({"base": "dense", "adapter": "adapter"})
             return
-        inputs = {"adapter": "adapter"}
-        if train.merge_base != "original":
+        inputs = MERGED_INTO[train.merge_base]
+        if "dequantized" in inputs.values():
             yield self._step(
                 "upcast", {"source": self._stand}, "dequantized", self._upcast_options, self._upcast_needs,
                 name="dequantize",
             )  # fmt: skip
-            inputs["base"] = "dequantized"
-        inputs["base" if train.merge_base == "original" else "original"] = "dense"
-        if train.merge_base == "dequantized":
-            del inputs["original"]
-        yield self._merge(inputs)
+        yield self._merge({"adapter": "adapter", **inputs})
 
     def _merge(self, inputs: Mapping[str, str]) -> Step:
         train = self._recipe.train

@@ -66,7 +66,7 @@ def encode_labelled(
     *,
     classes: tuple[str, ...] | None,
     sequence_length: int,
-    too_long: TooLong,
+    too_long: TooLong = "refuse",
 ) -> Encoded[Example]:
     """Texts with the number of their class, or with `classes` None the figure that a regression is to give.
 
@@ -89,7 +89,7 @@ def encode_tagged(
     *,
     classes: tuple[str, ...],
     sequence_length: int,
-    too_long: TooLong,
+    too_long: TooLong = "refuse",
 ) -> Encoded[Sequence]:
     """Words joined by spaces; the first subword of each carries the number of its tag, everything else -100.
 
@@ -114,7 +114,7 @@ def encode_tagged(
 
 
 def encode_pairs(
-    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, sequence_length: int, too_long: TooLong
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, sequence_length: int, too_long: TooLong = "refuse"
 ) -> Encoded[PairExample]:
     """The texts of each pair, each by itself; a pair is as long as its longest text."""
 

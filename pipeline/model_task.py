@@ -69,7 +69,16 @@ def labels_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     if isinstance(named, dict) and named:
         return tuple(str(named[key]) for key in sorted(named, key=int))
     count = config.get("num_labels")
-    return tuple(f"LABEL_{i}" for i in range(count if isinstance(count, int) else 2))
+    return _placeholders(count if isinstance(count, int) else 2)
+
+
+def unnamed(names: tuple[str, ...]) -> bool:
+    """Whether labels have transformers' placeholders for names."""
+    return names == _placeholders(len(names))
+
+
+def _placeholders(count: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{i}" for i in range(count))
 
 
 def own_labels(config: Mapping[str, Any], kind: Kind) -> tuple[str, ...] | None:
@@ -80,8 +89,7 @@ def own_labels(config: Mapping[str, Any], kind: Kind) -> tuple[str, ...] | None:
     name = architecture_of(config)
     suffix = {"classification": "ForSequenceClassification", "tagged": "ForTokenClassification"}.get(kind)
     names = labels_of(config)
-    placeholders = all(name == f"LABEL_{i}" for i, name in enumerate(names))
-    return names if suffix and name.endswith(suffix) and not placeholders else None
+    return names if suffix and name.endswith(suffix) and not unnamed(names) else None
 
 
 def classes_of(folder: Path) -> tuple[str, ...] | None:

@@ -10,7 +10,6 @@ from pipeline.catalog import FORMATS, format_to, require_libraries
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DataError
 from pipeline.gguf_files import is_gguf
-from pipeline.launcher import read_launch
 from pipeline.model_task import kind_for, task_of
 from pipeline.preflight_training import check_kinds, check_training
 from pipeline.recipe import Recipe
@@ -44,7 +43,6 @@ def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> Kind | None:
         check_target(sizes, target)
     if recipe.train.method != "none":
         check_arguments(recipe.train.arguments, recipe.train.lora, launched=recipe.train.launcher.several)
-        read_launch(recipe.train.launcher)
         check_training(recipe, source)
     files = {"train.data": recipe.train.data if recipe.train.method != "none" else None}
     if recipe.train.method != "none" and recipe.train.data and recipe.train.data.validation:

@@ -22,7 +22,7 @@ from pipeline.trainability import Answer, refusal
 ROWS_OF: Mapping[str, frozenset[Kind]] = {
     "head": frozenset({"classification", "regression", "tagged"}),
     "projector": frozenset({"classification", "regression", "pairs"}),
-    "lora": frozenset(set(get_args(Kind)) - {"pairs"}),
+    **dict.fromkeys(("lora", "full", "qat"), frozenset(set(get_args(Kind)) - {"pairs"})),
 }
 # What transformers' quantizer is asked about a base that is not made yet.
 BASE_CONFIGS: Mapping[str, Mapping[str, Any]] = {
@@ -60,6 +60,7 @@ def check_training(recipe: Recipe, source: Checkpoint) -> None:
 def _check_options(recipe: Recipe, base: str) -> None:
     """Raise RecipeError for an option that the method, the base or the engine has no use for."""
     train = recipe.train
+    launch = read_launch(train.launcher)
     if train.method == "qat":
         _check_grid(recipe.quantize)
     if train.resolved_engine == "features" and (foreign := sorted(train.arguments.keys() - HONOURED)):
@@ -67,7 +68,7 @@ def _check_options(recipe: Recipe, base: str) -> None:
             f"train.arguments: {foreign[0]} is Trainer's, the loop on features knows {', '.join(sorted(HONOURED))}; "
             "leave it out, or use engine trainer"
         )
-    if train.resolved_engine == "features" and read_launch(train.launcher).fsdp:
+    if train.resolved_engine == "features" and launch.fsdp:
         raise RecipeError(
             "train.launcher.config: FSDP shards a model that trains, and engine features has none; choose MULTI_GPU"
         )

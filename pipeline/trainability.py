@@ -21,13 +21,13 @@ LIBRARIES = ("transformers", "peft", "bitsandbytes", "gptqmodel", "optimum", "co
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What the installed libraries say: `adapters` and `itself` of the quantizer (is_trainable, is_qat_trainable).
+    """What the installed libraries say: `adapters` is the quantizer's is_trainable.
 
-    `reason` says why nobody could be asked, `hidden_states` whether the backbone gives any, `versions` of what.
+    Its is_qat_trainable is not asked: Requant trains no quantized weights, whatever it says. `reason` says why nobody
+    could be asked, `hidden_states` whether the backbone gives any, `versions` of what.
     """
 
     adapters: bool = True
-    itself: bool = True
     reason: str = ""
     hidden_states: bool = True
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -35,7 +35,8 @@ class Answer:
 
 def ask(config: Mapping[str, Any], quantization: Mapping[str, Any] | None, trust_remote_code: bool) -> Answer:  # noqa: FBT001 - the child's body takes positions
     """Ask about a model of `config`, quantized by `quantization` (its quantization_config) or dense (None)."""
-    hidden_states = not lacks(_backbone(config, trust_remote_code=trust_remote_code), "hidden_states")
+    # The architecture's own class: its base model's outputs are among its own.
+    hidden_states = not lacks(class_of(config, trust_remote_code=trust_remote_code), "hidden_states")
     versions = {name: found for name in LIBRARIES if (found := _version(name))}
     if quantization is None:
         return Answer(hidden_states=hidden_states, versions=versions)
@@ -43,12 +44,11 @@ def ask(config: Mapping[str, Any], quantization: Mapping[str, Any] | None, trust
 
     try:
         quantizer: Any = AutoHfQuantizer.from_config(dict(quantization), pre_quantized=True)
-        adapters, itself = bool(quantizer.is_trainable), quantizer.is_qat_trainable
-        itself = bool(itself() if callable(itself) else itself)  # compressed-tensors has a method there
+        adapters = bool(quantizer.is_trainable)
     except Exception as error:  # noqa: BLE001 - a quantizer may ask for any library, or raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return Answer(adapters=False, itself=False, reason=reason, hidden_states=hidden_states, versions=versions)
-    return Answer(adapters=adapters, itself=itself, hidden_states=hidden_states, versions=versions)
+        return Answer(adapters=False, reason=reason, hidden_states=hidden_states, versions=versions)
+    return Answer(adapters=adapters, hidden_states=hidden_states, versions=versions)
 
 
 def refusal(
@@ -96,11 +96,6 @@ def _quantized_refusal(
             "upcasts first, or base nf4"
         )
     return ""
-
-
-def _backbone(config: Mapping[str, Any], *, trust_remote_code: bool) -> Any:
-    """The class whose outputs are looked at: the architecture's own, since its base model's outputs are among them."""
-    return class_of(config, trust_remote_code=trust_remote_code)
 
 
 def _version(name: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import preflight_training, trainability
 from pipeline.catalog import FORMATS
-from pipeline.errors import InputError, RecipeError
+from pipeline.errors import DataError, InputError, RecipeError
 from pipeline.plan import make_plan
 from pipeline.recipe import parse_recipe
 from pipeline.trainability import Answer, ask
@@ -153,6 +153,13 @@ def test_a_projector_needs_a_model_with_hidden_states(root, monkeypatch):
     monkeypatch.setattr(preflight_training.child, "run", lambda *_, **__: Answer(hidden_states=False))
     with pytest.raises(RecipeError, match="needs a model that gives hidden states"):
         plan(root, "dense", "train.method=projector", "train.data={root}/labels.jsonl")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_pairs_teach_a_projector_alone(root, method):
+    (root / "pairs.jsonl").write_text('{"anchor": "a cat", "positive": "a kitten"}\n' * 3)
+    with pytest.raises(DataError, match=f"holds pairs rows, and method {method} learns from"):
+        plan(root, "dense", f"train.method={method}", "train.data={root}/pairs.jsonl")
 
 
 def test_qat_needs_a_grid_of_integers(root):

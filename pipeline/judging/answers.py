@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline import progress
 from pipeline.evaluation.load import device
+from pipeline.labelled import padded_ids
 
 BATCH_TOKENS = 4096  # padding included; what a batch of so many keeps in memory is small beside a model
 
@@ -24,12 +25,8 @@ def answers(model: Any, rows: Sequence[list[int]], *, pad_token: int | None, sta
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     done = 0
     for batch in _batches(rows, alone=padding is None):
-        length = max(len(rows[i]) for i in batch)
-        ids = [[*rows[i], *[padding or 0] * (length - len(rows[i]))] for i in batch]
-        mask = [[1] * len(rows[i]) + [0] * (length - len(rows[i])) for i in batch]
-        logits = model(
-            input_ids=torch.tensor(ids, device=device()), attention_mask=torch.tensor(mask, device=device())
-        ).logits
+        given = padded_ids([rows[i] for i in batch], pad_token=padding or 0)
+        logits = model(**{name: tensor.to(device()) for name, tensor in given.items()}).logits
         for i, row in zip(batch, logits.float().cpu(), strict=True):
             found[i] = row[: len(rows[i])] if row.ndim > 1 else row
         done += len(batch)

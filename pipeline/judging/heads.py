@@ -17,7 +17,7 @@ from pipeline.gates import Scores
 from pipeline.judging.answers import answers
 from pipeline.judging.question import Question
 from pipeline.labelled import encode_labelled, encode_pairs, encode_tagged
-from pipeline.model_task import classes_of
+from pipeline.model_task import classes_of, unnamed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +31,8 @@ class _Both:
 def classification(question: Question) -> Scores:
     """Accuracy and F1 of labels, one for each row."""
     names = _classes(question, (str(row.label) for row in question.rows))
-    found = encode_labelled(
-        question.rows,
-        question.tokenizer,
-        classes=names,
-        sequence_length=question.task.sequence_length,
-        too_long="refuse",
-    ).items
+    length = question.task.sequence_length
+    found = encode_labelled(question.rows, question.tokenizer, classes=names, sequence_length=length).items
     both = _asked(question, [example.input_ids for example in found])
     wanted = torch.tensor([example.target for example in found], dtype=torch.int64)
     return question.scores(rows=len(found), **_of_labels(question, both, wanted))
@@ -46,13 +41,8 @@ def classification(question: Question) -> Scores:
 def tagging(question: Question) -> Scores:
     """Accuracy and F1 of tags, one for each word, where its first token is."""
     names = _classes(question, (tag for row in question.rows for tag in row.tags))
-    found = encode_tagged(
-        question.rows,
-        question.tokenizer,
-        classes=names,
-        sequence_length=question.task.sequence_length,
-        too_long="refuse",
-    ).items
+    length = question.task.sequence_length
+    found = encode_tagged(question.rows, question.tokenizer, classes=names, sequence_length=length).items
     tags = [torch.tensor(sequence.labels, dtype=torch.int64) for sequence in found]
     both = _asked(question, [sequence.input_ids for sequence in found], where=[row != IGNORED for row in tags])
     wanted = torch.cat([row[row != IGNORED] for row in tags])
@@ -61,13 +51,8 @@ def tagging(question: Question) -> Scores:
 
 def regression(question: Question) -> Scores:
     """The root mean squared error of numbers, one for each row."""
-    found = encode_labelled(
-        question.rows,
-        question.tokenizer,
-        classes=None,
-        sequence_length=question.task.sequence_length,
-        too_long="refuse",
-    ).items
+    length = question.task.sequence_length
+    found = encode_labelled(question.rows, question.tokenizer, classes=None, sequence_length=length).items
     both = _asked(question, [example.input_ids for example in found])
     wanted = torch.tensor([example.target for example in found], dtype=torch.float64)
     reference = None if both.reference is None else labels.root_mean_squared_error(both.reference[:, 0], wanted)
@@ -84,9 +69,7 @@ def pairs(question: Question) -> Scores:
 
     Positives of the same tokens are one.
     """
-    found = encode_pairs(
-        question.rows, question.tokenizer, sequence_length=question.task.sequence_length, too_long="refuse"
-    ).items
+    found = encode_pairs(question.rows, question.tokenizer, sequence_length=question.task.sequence_length).items
     places: dict[tuple[int, ...], int] = {}
     own = torch.tensor([places.setdefault(tuple(pair.positive), len(places)) for pair in found])
     both = _asked(question, [*(pair.anchor for pair in found), *map(list, places)])
@@ -144,5 +127,4 @@ def _classes(question: Question, found: Iterable[str]) -> tuple[str, ...]:
             "compare models of the same labels"
         )
     numbers = tuple(str(i) for i in range(len(names)))
-    unnamed = names == tuple(f"LABEL_{i}" for i in numbers)
-    return numbers if unnamed and set(found) <= set(numbers) else names
+    return numbers if unnamed(names) and set(found) <= set(numbers) else names

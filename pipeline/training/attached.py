@@ -6,6 +6,7 @@ sample fell, every weight moved. The backbone takes no part in the loop, so noth
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +21,17 @@ from pipeline.digests import DigestCache
 from pipeline.errors import CheckFailed
 from pipeline.jobs import Job, fresh
 from pipeline.model_class import class_of
-from pipeline.sections import Projector
 from pipeline.training import head, processes, replay
-from pipeline.training.checks import SAMPLE, Record, check_loss, loss_of
+from pipeline.training.checks import Record, check_loss, loss_of, sample_of
 from pipeline.training.examples import Examples
-from pipeline.training.feature_loop import STAGE, Fitted, fit
+from pipeline.training.feature_loop import Fitted, fit
 from pipeline.training.feature_rows import LabelledRows, PairRows, Rows, pair_texts
 from pipeline.training.features import Features, Kept, features, pooled
 from pipeline.training.model import compute_dtype, load
 from pipeline.training.projected import write_projector
-from pipeline.training.projector import FeatureProjector, ProjectorLayer, describe, width_of
+from pipeline.training.projector import FeatureProjector, begin, width_of
 from pipeline.training.task import Task
-from pipeline.training.watching import written_to
+from pipeline.training.watching import STAGE, written_to
 
 LIMIT = 50 * 10**9  # bytes of features that a store keeps; what was used longest ago makes room
 
@@ -85,9 +85,11 @@ def _projector(
     job, base, task = ground.job, ground.base, ground.task
     trust = job.trust_remote_code
     config = AutoConfig.from_pretrained(base.path, trust_remote_code=trust, local_files_only=True)
-    section = Projector.model_validate(job.options["projector"])
-    description = describe(section, in_features=width_of(config) or 0, task=task.projected, classes=task.classes)
+    layer, description = begin(
+        job.options["projector"], config, task=task.projected, classes=task.classes, seed=job.options["seed"]
+    )
 
+    @functools.cache
     def model() -> Any:
         loaded = load(
             base, Task(kind="text"), dtype=ground.dtype, seed=job.options["seed"], trust_remote_code=trust,
@@ -96,7 +98,7 @@ def _projector(
         return ground.placed(loaded)
 
     def rows(given: Examples) -> Rows:
-        kept, width = pooled(section.pooling), description.in_features
+        kept, width = pooled(description.pooling), description.in_features
         if task.kind == "pairs":
             parts = ([getattr(item, name) for item in given.items] for name in ("anchor", "positive", "negative"))
             texts, negative = pair_texts(*parts)
@@ -104,9 +106,9 @@ def _projector(
         found = ground.features(model, [item.input_ids for item in given.items], kept, width)
         return LabelledRows(features=found, labels=_targets(given, task))
 
-    layer = ProjectorLayer(description, seed=job.options["seed"])
-    module = FeatureProjector(layer, description.task)
-    figures = _fitted(module, rows(examples), rows(validation) if validation else None, arguments)
+    trained, judged = rows(examples), rows(validation) if validation else None
+    model.cache_clear()  # the loop has no use for the backbone
+    figures = _fitted(FeatureProjector(layer, description.task), trained, judged, arguments)
     if processes.is_main():
         write_projector(fresh(out), layer, description)
     return figures
@@ -155,7 +157,7 @@ def _fitted(module: Any, rows: Rows, validation: Rows | None, arguments: Trainin
     size = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
     progress.message(STAGE, f"trains {size:,} parameters, in {len(names):,} tensors, on features of {len(rows):,} rows")
     begun = {name: weight.detach().clone() for name, weight in module.named_parameters()}
-    sample = [rows.batch(_spread(len(rows)))]
+    sample = [rows.batch(torch.tensor(sample_of(range(len(rows)))))]
     record = Record(Path(str(arguments.output_dir)))
     before = record.get("loss_before")
     if before is None:
@@ -172,12 +174,6 @@ def _fitted(module: Any, rows: Rows, validation: Rows | None, arguments: Trainin
         )
     check_loss(before, after)
     return _figures(fitted, before, after)
-
-
-def _spread(count: int) -> torch.Tensor:
-    """At most SAMPLE row numbers, evenly spaced."""
-    few = min(SAMPLE, count)
-    return torch.tensor([round(i * (count - 1) / max(1, few - 1)) for i in range(few)])
 
 
 def _figures(fitted: Fitted, before: float, after: float) -> dict[str, float]:

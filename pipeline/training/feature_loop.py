@@ -29,9 +29,8 @@ from pipeline.training.feature_rows import Rows
 from pipeline.training.feature_schedule import Schedule, adamw, clip, every, rate
 from pipeline.training.model import check_finite
 from pipeline.training.resume import EVERY, SHARE
+from pipeline.training.watching import LAST_LOSSES, STAGE
 
-STAGE = "train"
-LAST_LOSSES = 10  # logged losses whose mean is called the training loss, as in trainer.py
 SHOWN = 0.1  # seconds between events that say how far it is: a step takes less than telling of it
 CLOCK = 16  # steps between two looks at the clock that asks for a checkpoint
 SMALL = 1 << 22  # multiplications in a step below which a second thread costs more than it does

@@ -27,8 +27,8 @@ from pipeline.sections import Pooling
 from pipeline.training.feature_store import FeatureSet, Index
 from pipeline.training.pooling import POOLINGS
 from pipeline.training.projector import base_of, hidden_states
+from pipeline.training.watching import STAGE
 
-STAGE = "train"
 MULTIPLE = 64  # tokens: what a padded length is a multiple of
 BATCH_TOKENS = 4096  # padded tokens that the backbone is given at once
 PENDING = 64 << 20  # bytes of features held before they are appended

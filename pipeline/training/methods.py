@@ -16,11 +16,10 @@ from pipeline.checkpoint import Checkpoint, copy_companions
 from pipeline.companions import PROJECTOR
 from pipeline.model_class import class_of
 from pipeline.packing import require_apart
-from pipeline.sections import Projector
 from pipeline.training import full, head, lora, qat
 from pipeline.training.model import Loaded, compute_dtype, head_names, load, open_dense
 from pipeline.training.projected import write_backbone, write_projector
-from pipeline.training.projector import ProjectedModel, ProjectorLayer, describe, width_of
+from pipeline.training.projector import ProjectedModel, begin
 from pipeline.training.task import Task, write_config
 
 Options = Mapping[str, Any]
@@ -94,11 +93,10 @@ def _head(loaded: Loaded, _: Checkpoint, options: Options) -> Ready:
 
 def _projector(loaded: Loaded, _: Checkpoint, options: Options) -> Ready:
     task = loaded.task
-    description = describe(
-        Projector.model_validate(options["projector"]), in_features=int(width_of(loaded.model.config) or 0),
-        task=task.projected, classes=task.classes,
-    )  # fmt: skip
-    model = ProjectedModel(loaded.model, description, layer=ProjectorLayer(description, seed=options["seed"]))
+    layer, description = begin(
+        options["projector"], loaded.model.config, task=task.projected, classes=task.classes, seed=options["seed"]
+    )
+    model = ProjectedModel(loaded.model, description, layer=layer)
     own = frozenset(f"projector.{name}" for name, _ in model.projector.named_parameters())
     trainable = full.freeze_but(model, options.get("trainable", ()), also=own, only=True)
     return Ready(model=model, trainable=trainable, loaded=loaded)

@@ -7,6 +7,7 @@ afterwards; it then stays in evaluation mode and runs without gradients, whateve
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -67,6 +68,15 @@ class ProjectorLayer(nn.Module):
             features = functional.gelu(self.hidden(features))
         out: Tensor = self.output(features)
         return out
+
+
+def begin(
+    section: Mapping[str, Any], config: Any, *, task: ProjectorTask, classes: tuple[str, ...] | None, seed: int
+) -> tuple[ProjectorLayer, Description]:
+    """A new projector by the recipe's `train.projector`, for a backbone of that config; the same seed, the same one."""
+    parsed = Projector.model_validate(section)
+    description = describe(parsed, in_features=width_of(config) or 0, task=task, classes=classes)
+    return ProjectorLayer(description, seed=seed), description
 
 
 class FeatureProjector(nn.Module):

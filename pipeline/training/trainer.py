@@ -35,9 +35,8 @@ from pipeline.training.loop import SampleLoss, WatchedTrainer
 from pipeline.training.memory import MicroBatch, is_out_of_memory, known_micro_batch, release, shrink
 from pipeline.training.model import check_finite
 from pipeline.training.resume import Resumable, resume_point
-from pipeline.training.watching import STAGE, Events, Meter, say_where, tensorboard_in
+from pipeline.training.watching import LAST_LOSSES, STAGE, Events, Meter, say_where, tensorboard_in
 
-LAST_LOSSES = 10  # logged losses whose mean is called the training loss: one alone is as noisy as its batches
 Build = Callable[[], Any]
 Collate = Callable[[list[Any]], Batch]
 

@@ -21,6 +21,7 @@ from pipeline.errors import NonFinite
 from pipeline.training import processes
 
 STAGE = "train"
+LAST_LOSSES = 10  # logged losses whose mean is called the training loss: one alone is as noisy as its batches
 # Trainer's name for a figure → the event's.
 FIGURES: Mapping[str, str] = {
     "loss": "loss", "learning_rate": "learning_rate", "grad_norm": "gradient_norm", "eval_loss": "validation_loss",

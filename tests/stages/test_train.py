@@ -20,26 +20,12 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, DataError, NonFinite, RecipeError, UnsupportedFormat
 from pipeline.sections import Data
 from tests.checkpoints import tiny_llama, with_chat_template
-from tests.training.runs import ARGUMENTS, LORA, contents, rows, trained
+from tests.training.runs import ARGUMENTS, LORA, Killed, contents, dies_at, rows, trained
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("base") / "model", hidden=64, intermediate=96)
-
-
-class Killed(Exception):
-    """Stands for whatever ends a run in its middle."""
-
-
-def dies_at(step):
-    """A sink that ends the run after a step."""
-
-    def sink(event):
-        if isinstance(event, progress.Step) and event.done == step:
-            raise Killed
-
-    return sink
 
 
 def test_lora_gives_an_adapter_that_peft_loads_and_events_on_the_way(base, tmp_path):

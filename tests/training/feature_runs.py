@@ -52,6 +52,7 @@ def arguments(folder, *, seed=7, **given):
         "num_train_epochs": 3,
         "learning_rate": 1e-2,
         "use_cpu": True,
+        "report_to": [],
     } | given
     return training_arguments(given, folder=folder, seed=seed, mixed=False)
 

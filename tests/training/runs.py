@@ -6,6 +6,7 @@ import json
 
 import torch
 
+from pipeline import progress
 from pipeline.jobs import Job
 from pipeline.sections import Data, Launcher
 from pipeline.stages import train
@@ -42,6 +43,20 @@ def trained(base, workspace, **options):
     finally:
         torch.set_num_threads(threads)
     return output
+
+
+class Killed(Exception):
+    """Stands for whatever ends a run in its middle."""
+
+
+def dies_at(step):
+    """A sink that ends the run after a step."""
+
+    def sink(event):
+        if isinstance(event, progress.Step) and event.done == step:
+            raise Killed
+
+    return sink
 
 
 def contents(folder):

@@ -21,6 +21,7 @@ from pipeline.training.feature_schedule import Schedule
 from pipeline.training.features import Features
 from pipeline.training.projector import FeatureProjector, ProjectorLayer, contrastive
 from tests.training.feature_runs import arguments, backbone, cached, description, loaded, same, toy_rows, weights
+from tests.training.runs import Killed
 
 ROWS, WIDTH = 200, 64
 
@@ -48,10 +49,6 @@ class Dropping(FeatureProjector):
 
 def module(made=FeatureProjector, *, task="classification", kind="mlp", **section):
     return made(ProjectorLayer(description(task=task, kind=kind, **section), seed=3), task)
-
-
-class Killed(Exception):
-    """Stands for whatever ends a run in its middle."""
 
 
 def dies_at_loss(number):

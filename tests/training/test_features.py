@@ -18,6 +18,7 @@ from pipeline.training.feature_store import INDEX, FeatureSet
 from pipeline.training.features import Kept, padded_length
 from tests.packed_models import pack
 from tests.training.feature_runs import HIDDEN, arguments, backbone, cached, counted, loaded, toy_rows, trained_on
+from tests.training.runs import Killed
 from tests.training.uncached import compare
 
 
@@ -188,10 +189,6 @@ def test_several_vectors_a_row_come_back_padded_with_their_mask(model, tmp_path)
 
 
 # What a kill or a bad disk leaves.
-
-
-class Killed(Exception):
-    """Stands for whatever ends a run in its middle."""
 
 
 def test_a_run_that_dies_keeps_what_it_appended_and_overwrites_the_half_of_an_append(model, tmp_path, monkeypatch):

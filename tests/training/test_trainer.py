@@ -14,19 +14,8 @@ from pipeline.errors import CheckFailed, NonFinite, OutOfMemory
 from pipeline.training.checks import Expectation, Record
 from pipeline.training.memory import known_micro_batch
 from pipeline.training.resume import last_complete, mark_complete
+from tests.training.runs import Killed, dies_at
 from tests.training.small import HEAD, Small, collate, rows, run, same, weights
-
-
-class Killed(Exception):
-    """Stands for whatever ends a run in its middle."""
-
-
-def dies_at(step):
-    def sink(event):
-        if isinstance(event, progress.Step) and event.done == step:
-            raise Killed
-
-    return sink
 
 
 def watched(action):

@@ -169,7 +169,7 @@ class Graph:
             "seed": recipe.seed,
             "calibration": recipe.calibration.model_dump(include={"samples", "sequence_length"}),
         }
-        calibrated = {target.variant for target in targets if target.format in recipe.CALIBRATED}
+        calibrated = {target.variant for target in targets if target.calibrated}
         data = {"calibration": self._here(recipe.calibration_data)} if calibrated else {}
         outputs = []
         for target in targets:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -42,8 +42,6 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """What every random choice starts from."""
 
-    CALIBRATED: ClassVar[frozenset[str]] = frozenset({"gptq", "awq"})
-
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         variants = [target.variant for target in self.quantize]
@@ -67,7 +65,7 @@ class Recipe(Section):
     @property
     def calibrated(self) -> bool:
         """Whether a target needs calibration rows."""
-        return any(target.format in self.CALIBRATED for target in self.quantize)
+        return any(target.calibrated for target in self.quantize)
 
     @property
     def calibration_data(self) -> Data:

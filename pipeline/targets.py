@@ -37,6 +37,11 @@ class _Target(Section):
         """The variant's name in the store."""
         return self.name or self._default_name()
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether its codes depend on the activations of calibration rows."""
+        return False
+
     def _default_name(self) -> str:
         raise NotImplementedError
 
@@ -72,9 +77,40 @@ class GPTQTarget(_Target):
     """Whether the zero point is the middle code."""
     desc_act: bool = False
     """Whether columns are rounded in the order of their activations' size."""
+    static_groups: bool = False
+    """Whether desc_act leaves the groups where they lie in memory, fixed before the first column is rounded."""
+    damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of the Gram matrix's mean diagonal that is added to it; raised by itself where that is too little."""
+    mse: bool = False
+    """Whether each scale is searched for the least squared error, instead of taken from the extremes."""
+    rounding: Literal["gptq", "nearest"] = "gptq"
+    """`nearest` rounds each weight by itself: no calibration, the floor to compare with."""
+    sequential: bool = False
+    """Whether a layer is calibrated on what the quantized layers before it give: one pass more."""
+    engine: Literal["requant", "gptqmodel"] = "requant"
+    """Who rounds; gptqmodel knows neither static_groups, mse, rounding nor sequential."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its codes depend on the activations of calibration rows."""
+        return self.rounding == "gptq"
+
+    @model_validator(mode="after")
+    def _options_of_the_engine(self) -> GPTQTarget:
+        own = [name for name in ("static_groups", "mse", "sequential") if getattr(self, name)]
+        own += ["rounding"] if self.rounding != "gptq" else []
+        if self.engine == "gptqmodel" and own:
+            raise ValueError(f"engine gptqmodel has no {own[0]}; leave it out, or use engine requant")
+        if self.rounding == "nearest" and (
+            useless := [name for name in ("desc_act", "sequential") if getattr(self, name)]
+        ):
+            raise ValueError(f"rounding nearest has no {useless[0]}; leave it out")
+        if self.static_groups and not self.desc_act:
+            raise ValueError("static_groups is about desc_act; set that too, or leave both out")
+        return self
 
     def _default_name(self) -> str:
-        return f"gptq-{self.bits}bit"
+        return f"{'rtn' if self.rounding == 'nearest' else 'gptq'}-{self.bits}bit"
 
 
 class AWQTarget(_Target):
@@ -84,6 +120,21 @@ class AWQTarget(_Target):
     bits: Literal[4] = 4
     group_size: Literal[16, 32, 64, 128] = 128
     """Weights that share a scale and a zero point."""
+    clip: bool = True
+    """Whether each group's range is searched for the least error of the layer's output."""
+    engine: Literal["requant", "gptqmodel"] = "requant"
+    """Who searches and rounds; gptqmodel always clips."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its codes depend on the activations of calibration rows."""
+        return True
+
+    @model_validator(mode="after")
+    def _gptqmodel_clips(self) -> AWQTarget:
+        if self.engine == "gptqmodel" and not self.clip:
+            raise ValueError("engine gptqmodel always clips; leave clip out, or use engine requant")
+        return self
 
     def _default_name(self) -> str:
         return f"awq-{self.bits}bit"

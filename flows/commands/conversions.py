@@ -14,7 +14,6 @@ from pipeline.artifacts import Store
 from pipeline.catalog import format_of, format_to, require_libraries
 from pipeline.errors import InputError
 from pipeline.preflight import open_model
-from pipeline.recipe import Recipe
 from pipeline.reloadable import check_reload
 from pipeline.rows import check_rows
 from pipeline.sections import Data, Dtype, Upcast
@@ -159,7 +158,7 @@ def _text(path: Path | None) -> str:
 
 
 def _calibration(targets: list[Target], path: Path | None) -> dict[str, Data]:
-    needy = [target.variant for target in targets if target.format in Recipe.CALIBRATED]
+    needy = [target.variant for target in targets if target.calibrated]
     if not needy:
         return {}
     if path is None:

@@ -15,7 +15,7 @@ from pipeline.jobs import Job, Output
 from pipeline.quantization import writers
 from pipeline.quantization.folder import Order, Written
 from pipeline.rows import read_rows
-from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target
+from pipeline.targets import Target
 
 _TARGETS: TypeAdapter[list[Target]] = TypeAdapter(list[Target])
 
@@ -28,14 +28,14 @@ def run(job: Job) -> Iterator[Output]:
     """
     targets = _TARGETS.validate_python(job.options["targets"])
     writers.check(Checkpoint.open(job.inputs["dense"]), targets)
-    calibration = _calibration(job) if any(isinstance(target, GPTQTarget | AWQTarget) for target in targets) else ()
+    calibration = _calibration(job) if any(target.calibrated for target in targets) else ()
     for target in targets:
         order = Order(
             dense=job.inputs["dense"].resolve(),
             out=(job.workspace / target.variant).resolve(),
             scratch=(job.workspace / f"{target.variant}.scratch").resolve(),
             target=target,
-            calibration=() if isinstance(target, BitsAndBytesTarget) else calibration,
+            calibration=calibration if target.calibrated else (),
             seed=job.options["seed"],
             trust_remote_code=job.trust_remote_code,
         )

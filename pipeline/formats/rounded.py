@@ -1,0 +1,30 @@
+"""A weight on a grid of integers: what rounding gives, and what GPTQ's, AWQ's and compressed-tensors' layouts pack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounded:
+    """W = (codes - zeros) * scales, with O outputs, I inputs and G groups of inputs that share a scale.
+
+    `codes`: uint8 [O, I], below 2 ** bits. `scales`: float16 [O, G]. `zeros`: uint8 [O, G], at most 2 ** bits - 1.
+    `groups`: int32 [I], the group of each input; i // group size unless the columns were ordered (desc_act).
+    """
+
+    bits: int
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    groups: Tensor
+
+    def dense(self) -> Tensor:
+        """float32 [O, I], exactly what a reader of the packed tensors computes."""
+        groups = self.groups.long()
+        zeros, scales = self.zeros.float(), self.scales.float()
+        found = self.codes.float()
+        return found.sub_(torch.index_select(zeros, 1, groups)).mul_(torch.index_select(scales, 1, groups))

@@ -160,6 +160,20 @@ def skeleton_of(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool, st
         ) from error
 
 
+def hollow(folder: Path, *, trust_remote_code: bool) -> Any:
+    """The model of a folder's config.json in float32: parameters on the meta device, buffers as it computes them.
+
+    For checkpoints whose skeleton was built before: nothing is checked here.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    said = read_json(folder / "config.json")
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with init_empty_weights(include_buffers=False), torch.device("cpu"):
+        return _build(said, config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+
+
 def _build(said: Mapping[str, Any], config: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The model without weights."""
     make = class_of(said, trust_remote_code=trust_remote_code)

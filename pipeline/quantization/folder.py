@@ -45,14 +45,18 @@ class Order:
     trust_remote_code: bool = False
 
     def begin(self) -> Checkpoint:
-        """Empty `scratch`, remove `out`, and open the parent.
-
-        Raise NonFinite where a weight of it is no number, CheckpointError where a projector beside it is another's.
-        """
+        """Empty `scratch`, remove `out`, and open the parent, checked."""
         for folder in (self.out, self.scratch):
             if folder.exists():
                 shutil.rmtree(folder)
         self.scratch.mkdir(parents=True)
+        return self.check()
+
+    def check(self) -> Checkpoint:
+        """Open the parent.
+
+        Raise NonFinite where a weight of it is no number, CheckpointError where a projector beside it is another's.
+        """
         parent = Checkpoint.open(self.dense)
         if pairing.is_projected(self.dense):
             pairing.check(self.dense)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pipeline import child
@@ -36,8 +36,24 @@ def check(dense: Checkpoint, targets: Iterable[Target]) -> None:
         check_target(sizes, target)
 
 
-def write(order: Order) -> Written:
-    """Write one quantized checkpoint in a process of its own, and clear the library's files away."""
-    written: Written = child.run(WRITERS[type(order.target)], order, environment=gptqmodel.ENVIRONMENT)
+def write(orders: Sequence[Order]) -> Iterator[tuple[Order, Written]]:
+    """Write quantized checkpoints of one parent, each as soon as it is whole, and clear the libraries' files away.
+
+    Those of Requant's own engine share a process and a calibration pass, every other has a process of its own.
+    """
+    own = [order for order in orders if _is_own(order.target)]
+    for order in (order for order in orders if order not in own):
+        written: Written = child.run(WRITERS[type(order.target)], order, environment=gptqmodel.ENVIRONMENT)
+        yield _cleared(order), written
+    if own:
+        found: list[Written] = child.run("pipeline.quantization.engine:write", own)
+        yield from zip(map(_cleared, own), found, strict=True)
+
+
+def _is_own(target: Target) -> bool:
+    return isinstance(target, GPTQTarget | AWQTarget) and target.engine == "requant"
+
+
+def _cleared(order: Order) -> Order:
     shutil.rmtree(order.scratch)
-    return written
+    return order

@@ -29,8 +29,8 @@ def run(job: Job) -> Iterator[Output]:
     targets = _TARGETS.validate_python(job.options["targets"])
     writers.check(Checkpoint.open(job.inputs["dense"]), targets)
     calibration = _calibration(job) if any(target.calibrated for target in targets) else ()
-    for target in targets:
-        order = Order(
+    orders = [
+        Order(
             dense=job.inputs["dense"].resolve(),
             out=(job.workspace / target.variant).resolve(),
             scratch=(job.workspace / f"{target.variant}.scratch").resolve(),
@@ -39,10 +39,13 @@ def run(job: Job) -> Iterator[Output]:
             seed=job.options["seed"],
             trust_remote_code=job.trust_remote_code,
         )
-        written = writers.write(order)
+        for target in targets
+    ]
+    for order, written in writers.write(orders):
         yield Output(
-            variant=target.variant, folder=order.out, metrics=_metrics(written), notes={"dense": list(written.dense)}
-        )
+            variant=order.target.variant, folder=order.out, metrics=_metrics(written),
+            notes={"dense": list(written.dense)},
+        )  # fmt: skip
 
 
 def _calibration(job: Job) -> tuple[tuple[int, ...], ...]:

@@ -1,0 +1,150 @@
+"""GPTQ and AWQ for every target of a recipe, from one calibration pass.
+
+Layer after layer the pass gives weights and Gram matrices, each target rounds them, and what it packed lies in a file of
+its own for each layer before the next one begins: a run that was killed goes on there. At the end the folder is made of
+these files and the parent, as with any other writer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline import progress
+from pipeline.checkpoint import INDEX, Checkpoint
+from pipeline.digests import digest_value
+from pipeline.evaluation.load import device
+from pipeline.quantization.calibration import Pass, State, unasked
+from pipeline.quantization.folder import Order, Written, write_folder
+from pipeline.quantization.rounders import rounder_of
+from pipeline.quantization.streamed import Streamed
+from pipeline.shards import ShardReader
+from pipeline.targets import GPTQTarget
+
+VERSION = 1  # raised when the same order gives other bytes
+SAVE_EVERY = 30.0  # seconds between two savings of the activations, from which a killed run goes on
+
+
+def write(orders: Sequence[Order]) -> list[Written]:
+    """Quantize the one parent of all orders to each of their targets.
+
+    The same orders give the same bytes on the same kind of device, wherever an earlier run of them was killed. Sources:
+    arXiv 2210.17323 (GPTQ) and 2306.00978 (AWQ). Raise what the pass and the algorithms raise, with the layer's name.
+    """
+    parent = orders[0].check()
+    for order in orders:
+        _prepare(order, parent)
+    with ShardReader(parent) as reader:
+        streamed = Streamed(
+            parent, reader.__getitem__, device=device(), trust_remote_code=orders[0].trust_remote_code
+        )
+        for order in orders:
+            if not order.target.calibrated:
+                _round(order, parent, streamed)
+        for together in _passes([order for order in orders if order.target.calibrated]):
+            _calibrate(together, parent, streamed)
+    return [_finish(order, parent, streamed) for order in orders]
+
+
+def _passes(orders: Sequence[Order]) -> Iterator[list[Order]]:
+    """The orders that one pass serves: all that take dense inputs, and by itself each that is sequential."""
+    sequential = [order for order in orders if isinstance(order.target, GPTQTarget) and order.target.sequential]
+    if dense := [order for order in orders if order not in sequential]:
+        yield dense
+    for order in sequential:
+        yield [order]
+
+
+def _prepare(order: Order, parent: Checkpoint) -> None:
+    """Make the folders; what lies in them is kept only where it was made of these files, rows and options."""
+    mark = order.scratch / "order.sha256"
+    stats = [(name, (parent.folder / name).stat()) for name in parent.files]
+    files = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats]
+    rows = [list(sample) for sample in order.calibration]
+    identity = digest_value([VERSION, files, order.target.model_dump(exclude={"name"}), rows])
+    if not (mark.exists() and mark.read_text(encoding="utf-8") == identity):
+        shutil.rmtree(order.scratch, ignore_errors=True)
+    shutil.rmtree(order.out, ignore_errors=True)
+    (order.scratch / "made").mkdir(parents=True, exist_ok=True)
+    mark.write_text(identity, encoding="utf-8")
+
+
+def _round(order: Order, parent: Checkpoint, streamed: Streamed) -> None:
+    """Every layer of an order that asks nothing of the calibration rows."""
+    rounder, total = rounder_of(order, parent, streamed), len(streamed.layers)
+    for passed in unasked(streamed):
+        _keep(_piece(order, passed.index), rounder(passed))
+        progress.step("quantize", done=passed.index + 1, total=total, unit=f"layers of {order.target.variant}")
+
+
+def _calibrate(orders: list[Order], parent: Checkpoint, streamed: Streamed) -> None:
+    """One pass for orders that share it."""
+    saved, spill = orders[0].scratch / "state.safetensors", orders[0].scratch
+    rounders = [rounder_of(order, parent, streamed) for order in orders]
+    variants = ", ".join(order.target.variant for order in orders)
+    sequential = isinstance(orders[0].target, GPTQTarget) and orders[0].target.sequential
+    state = _state(saved, orders)
+    calibration = orders[0].calibration
+    going = Pass(streamed, calibration, spill=spill, state=state, replace=rounders[0].replace if sequential else None)
+    if not going.fits():
+        state = None
+        going = Pass(streamed, calibration, spill=spill, replace=rounders[0].replace if sequential else None)
+    total = len(streamed.layers)
+    progress.step("quantize", done=state.done if state else 0, total=total, unit=f"layers of {variants}")
+    since = time.monotonic()
+    for passed in going:
+        for order, rounder in zip(orders, rounders, strict=True):
+            _keep(_piece(order, passed.index), rounder(passed))
+        if time.monotonic() - since >= SAVE_EVERY and passed.index + 1 < total:
+            passed.state().save(saved)
+            since = time.monotonic()
+        progress.step("quantize", done=passed.index + 1, total=total, unit=f"layers of {variants}")
+
+
+def _state(saved: Path, orders: list[Order]) -> State | None:
+    """Where the last run was, if every order's files up to there are whole."""
+    if not saved.exists():
+        return None
+    state = State.load(saved)
+    whole = all(_piece(order, index).exists() for order in orders for index in range(state.done))
+    return state if whole else None
+
+
+def _piece(order: Order, index: int) -> Path:
+    return order.scratch / "made" / f"layer-{index:05d}.safetensors"
+
+
+def _keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    part = path.with_name(f"{path.name}.part")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.rename(path)
+
+
+def _finish(order: Order, parent: Checkpoint, streamed: Streamed) -> Written:
+    """The folder, from the files of all layers."""
+    folder = order.scratch / "made"
+    paths = sorted(folder.glob("layer-*.safetensors"))
+    (folder / "config.json").write_text(json.dumps(parent.config), encoding="utf-8")
+    index = {name: path.name for path in paths for name in _names(path)}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8")
+    config = rounder_of(order, parent, streamed).config()
+    return write_folder(
+        order, parent, Checkpoint.open(folder), quantization=config, scaled=order.target.format == "awq"
+    )
+
+
+def _names(path: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())

@@ -1,0 +1,232 @@
+"""What each algorithm makes of a layer that the calibration rows have passed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import RequantError
+from pipeline.formats import awq as awq_layout
+from pipeline.formats import gptq as gptq_layout
+from pipeline.formats.rounded import Rounded
+from pipeline.quantization.awq import clip, round_awq, scaled, search_scales
+from pipeline.quantization.calibration import Passed
+from pipeline.quantization.folder import Order
+from pipeline.quantization.folds import Fold, apply, attainable, find_folds
+from pipeline.quantization.gptq import round_gptq
+from pipeline.quantization.grids import nearest
+from pipeline.quantization.heads import kept_dense
+from pipeline.quantization.streamed import Streamed, linears_of
+from pipeline.shards import DTYPES
+from pipeline.targets import AWQTarget, GPTQTarget
+
+# Who made it, as loaders read it: gptqmodel refuses asymmetric v1 zero points by a writer that it does not know, because
+# AutoGPTQ's were wrong; they are packed here as by gptqmodel since that version.
+QUANTIZERS = ["requant:1", "gptqmodel:0.9.0"]
+CLOSE = 1e-3  # how far a layer's output may move for its folds, as a share of the output: float32 moves it by 1e-6
+
+
+class Rounder(Protocol):
+    """Rounds layers for one target."""
+
+    def __call__(self, passed: Passed) -> Mapping[str, Tensor]:
+        """The layer's tensors, packed and folded, by the names that they have in a checkpoint."""
+        ...
+
+    def replace(self, passed: Passed) -> None:
+        """Give the layer the weights that it will have once it is rounded."""
+        ...
+
+    def config(self) -> dict[str, Any]:
+        """The quantization_config of the folder."""
+        ...
+
+
+def rounder_of(order: Order, parent: Checkpoint, streamed: Streamed) -> Rounder:
+    """The one for an order's target."""
+    if isinstance(order.target, GPTQTarget):
+        return GPTQ(order.target, streamed)
+    assert isinstance(order.target, AWQTarget)
+    return AWQ(order.target, parent, streamed, kept_dense(parent, trust_remote_code=order.trust_remote_code))
+
+
+class GPTQ:
+    """GPTQ's rounding, or to nearest, in GPTQ's v1 layout."""
+
+    def __init__(self, target: GPTQTarget, streamed: Streamed) -> None:
+        self._target, self._streamed = target, streamed
+        self._replaced: dict[str, Rounded] = {}
+
+    def __call__(self, passed: Passed) -> Mapping[str, Tensor]:
+        """qweight, qzeros, scales and g_idx of each linear module."""
+        rounded = self._replaced or dict(self._rounded(passed))
+        self._replaced = {}
+        return dict(_packed(self._streamed, passed, rounded, gptq_layout.pack))
+
+    def replace(self, passed: Passed) -> None:
+        """Give the layer's modules what their codes stand for."""
+        self._replaced = dict(self._rounded(passed))
+        for name, found in self._replaced.items():
+            _weight(passed, name).copy_(found.dense())
+
+    def config(self) -> dict[str, Any]:
+        """As gptqmodel writes it."""
+        target = self._target
+        return {
+            "bits": target.bits, "checkpoint_format": "gptq", "desc_act": target.desc_act, "format": "gptq",
+            "group_size": target.group_size, "lm_head": False, "meta": {"quantizer": QUANTIZERS},
+            "pack_dtype": "int32", "quant_method": "gptq", "sym": target.symmetric,
+        }  # fmt: skip
+
+    def _rounded(self, passed: Passed) -> Iterator[tuple[str, Rounded]]:
+        """Modules of one input together: their rows are independent."""
+        target = self._target
+        if not target.calibrated:
+            for name in linears_of(passed.module):
+                with _named(passed, name):
+                    yield name, nearest(
+                        _weight(passed, name), bits=target.bits, group_size=target.group_size,
+                        symmetric=target.symmetric, mse=target.mse,
+                    )  # fmt: skip
+        for names, gram in passed.grams.items() if target.calibrated else ():
+            weights = [_weight(passed, name) for name in names]
+            with _named(passed, names[0]):
+                found = round_gptq(torch.cat(weights), gram, target=target)
+            yield from zip(names, _split(found, [len(weight) for weight in weights]), strict=True)
+
+
+class AWQ:
+    """AWQ's scales, folded where that is exact, its clipping and its rounding, in the GEMM layout."""
+
+    def __init__(self, target: AWQTarget, parent: Checkpoint, streamed: Streamed, head: list[str] | None) -> None:
+        self._target, self._parent, self._streamed, self._head = target, parent, streamed, head
+        self._folds: dict[object, tuple[Fold, ...]] = {}
+
+    def __call__(self, passed: Passed) -> Mapping[str, Tensor]:
+        """qweight, qzeros and scales of each linear module, and what else was scaled, in float32."""
+        before = {name: tensor.detach() for name, tensor in passed.module.named_parameters()}
+        tensors, grams = self._scaled(passed, before)
+        rounded = {}
+        for names, gram in grams.items():
+            for name in names:
+                with _named(passed, name):
+                    weight = tensors[f"{name}.weight"]
+                    weight = clip(weight, gram, group_size=self._target.group_size) if self._target.clip else weight
+                    rounded[name] = round_awq(weight, group_size=self._target.group_size)
+        folded = {
+            self._streamed.stored(f"{passed.name}.{name}"): tensor
+            for name, tensor in tensors.items()
+            if tensor is not before[name] and name.removesuffix(".weight") not in rounded
+        }
+        return {**dict(_packed(self._streamed, passed, rounded, awq_layout.pack)), **folded}
+
+    def replace(self, passed: Passed) -> None:
+        """AWQ takes dense inputs."""
+        raise AssertionError(passed.name)
+
+    def config(self) -> dict[str, Any]:
+        """As gptqmodel writes it; transformers makes every linear layer that is not named an AWQ layer."""
+        found: dict[str, Any] = {
+            "bits": self._target.bits, "checkpoint_format": "gemm", "desc_act": False, "format": "gemm",
+            "group_size": self._target.group_size, "lm_head": False, "meta": {"quantizer": QUANTIZERS},
+            "pack_dtype": "int32", "quant_method": "awq", "version": "gemm", "zero_point": True,
+        }  # fmt: skip
+        return found | ({"modules_to_not_convert": self._head} if self._head else {})
+
+    def _scaled(
+        self, passed: Passed, before: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[tuple[str, ...], Tensor]]:
+        """The layer's tensors with all scales folded in, and the Gram matrices of what its modules are then given."""
+        output = passed.run()
+        for folds in self._proposals(passed):
+            tensors, grams = self._fold(passed, before, folds)
+            with _holding(passed.module, tensors):
+                exact = _close(passed.run(), output)
+            if exact:
+                self._folds[_structure(passed.module)] = folds
+                break
+        return tensors, grams
+
+    def _proposals(self, passed: Passed) -> Iterator[tuple[Fold, ...]]:
+        """The folds of a layer of the same structure, or those found for this one, or else none."""
+        if (structure := _structure(passed.module)) in self._folds:
+            yield self._folds[structure]
+        yield find_folds(passed.module, passed.run)
+        yield ()
+
+    def _fold(
+        self, passed: Passed, before: Mapping[str, Tensor], folds: tuple[Fold, ...]
+    ) -> tuple[dict[str, Tensor], dict[tuple[str, ...], Tensor]]:
+        tensors, grams = dict(before), dict(passed.grams)
+        for fold in folds:
+            modules = [name.removesuffix(".weight") for name in fold.consumers]
+            names = next((names for names in grams if set(names) & set(modules)), None)
+            if names is None:
+                continue
+            with _named(passed, modules[0]):
+                weights = [tensors[f"{name}.weight"] for name in names]
+                found = search_scales(weights, grams[names], group_size=self._target.group_size, tie=fold.tied)
+            producer = self._parent.tensors[self._streamed.stored(f"{passed.name}.{fold.producer}.weight")]
+            scales = attainable(fold, tensors, fold.reduced(found), dtype=DTYPES[producer.dtype])
+            tensors |= apply(fold, tensors, scales)
+            grams[names] = scaled(grams[names], fold.expanded(scales))
+        return tensors, grams
+
+
+def _weight(passed: Passed, name: str) -> Tensor:
+    """float32 [O, I] of a linear module of the layer."""
+    module = passed.module.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module.weight.detach()
+
+
+def _packed(
+    streamed: Streamed, passed: Passed, rounded: Mapping[str, Rounded], pack: Callable[[Rounded], Mapping[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, found in rounded.items():
+        module = streamed.stored(f"{passed.name}.{name}.weight").removesuffix(".weight")
+        yield from ((f"{module}.{part}", tensor) for part, tensor in pack(found).items())
+
+
+def _split(rounded: Rounded, counts: list[int]) -> Iterator[Rounded]:
+    """The modules whose rows were rounded together."""
+    parts = (tensor.split(counts) for tensor in (rounded.codes, rounded.scales, rounded.zeros))
+    for codes, scales, zeros in zip(*parts, strict=True):
+        yield replace(rounded, codes=codes, scales=scales, zeros=zeros)
+
+
+def _structure(module: nn.Module) -> object:
+    """What two layers share that fold alike."""
+    return type(module), tuple((name, tensor.shape) for name, tensor in module.named_parameters())
+
+
+@contextmanager
+def _holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The module with other values for its parameters."""
+    before = {name: parameter.data for name, parameter in module.named_parameters()}
+    for name, parameter in module.named_parameters():
+        parameter.data = tensors[name]
+    try:
+        yield
+    finally:
+        for name, parameter in module.named_parameters():
+            parameter.data = before[name]
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return float((found - expected).norm()) <= CLOSE * float(expected.norm())
+
+
+@contextmanager
+def _named(passed: Passed, module: str) -> Iterator[None]:
+    """Say of which module an error is."""
+    try:
+        yield
+    except RequantError as error:
+        raise type(error)(f"{passed.name}.{module}: {error}") from error

@@ -18,6 +18,7 @@ RequantError
 │   ├── StageDied             the stage's process ended without an answer
 │   ├── StageFailed           the stage met an error that nobody foresaw
 │   ├── NonFinite             a weight, a loss or a figure is NaN or infinite
+│   ├── NotPositiveDefinite   what a layer was calibrated on leaves its Gram matrix singular
 │   ├── CheckFailed           a training run that did not do what its method says
 │   ├── ReloadMismatch        a written model does not reload as it was meant
 │   └── StoreCorrupt          a stored file is not what its manifest says
@@ -116,6 +117,10 @@ class StageFailed(WorkError):
 
 class NonFinite(WorkError):
     """A weight, a loss or a figure is NaN or infinite."""
+
+
+class NotPositiveDefinite(WorkError):
+    """What a layer was calibrated on leaves its Gram matrix singular, however much it is damped."""
 
 
 class CheckFailed(WorkError):

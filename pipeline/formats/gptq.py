@@ -22,7 +22,9 @@ from torch import Tensor
 from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, MissingTensor, UnsupportedFormat
 from pipeline.formats.components import ALL, FLOATS, WORDS, Grid, grid_of, require, require_finite
+from pipeline.formats.rounded import Rounded
 from pipeline.formats.words import WORD, unpack, unpack_floats
+from pipeline.formats.words import pack as pack_words
 from pipeline.shards import TensorGroup
 
 BITS = (2, 3, 4, 8)
@@ -66,6 +68,22 @@ def dequantize(group: TensorGroup, quantization: Quantization, rows: slice = ALL
     return out.sub_(torch.index_select(zeros, 1, order)).mul_(torch.index_select(scales, 1, order))
 
 
+def pack(rounded: Rounded) -> dict[str, Tensor]:
+    """`rounded` as the four tensors of the v1 layout, each contiguous; `dequantize` gives its `dense()` back."""
+    bits, zeros = rounded.bits, rounded.zeros.T
+    if WORD % bits:
+        zeros = (zeros - 1).bitwise_and_((1 << bits) - 1)  # see `_zeros`, which undoes it
+    qzeros = pack_words(zeros, bits)
+    if WORD % bits == 0:
+        qzeros = (qzeros.long() - _ones(bits)).to(torch.int32)
+    return {
+        "qweight": pack_words(rounded.codes, bits).T.contiguous(),
+        "qzeros": qzeros,
+        "scales": rounded.scales.T.contiguous(),
+        "g_idx": rounded.groups.to(torch.int32),
+    }
+
+
 def _layout(group: TensorGroup, quantization: Quantization) -> _Layout:
     _checkpoint_format(quantization)
     grid = grid_of(group, quantization, bits=BITS)
@@ -99,12 +117,16 @@ def _zeros(qzeros: Tensor, bits: int, *, first: bool) -> Tensor:
     if first and WORD % bits == 0:
         # v1's writers subtract one from every field of a word at once: a zero point of 0 borrows from its neighbour.
         # Adding word-wide gives the borrow back; adding field by field would leave the neighbour one short.
-        ones = sum(1 << shift for shift in range(0, WORD, bits))
-        qzeros = (qzeros.long() + ones).to(torch.int32)
+        qzeros = (qzeros.long() + _ones(bits)).to(torch.int32)
     zeros = unpack(qzeros, bits)
     if first and WORD % bits:
         zeros = (zeros + 1) & ((1 << bits) - 1)  # 3 bits are subtracted field by field, since fields straddle words
     return zeros.float().T.contiguous()
+
+
+def _ones(bits: int) -> int:
+    """A one in every field of a word."""
+    return sum(1 << shift for shift in range(0, WORD, bits))
 
 
 def _order(group: TensorGroup, layout: _Layout) -> Tensor | None:

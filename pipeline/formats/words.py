@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,25 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     pairs = block | following << WORD
     codes = pairs[..., start // WORD] >> start % WORD
     return codes.bitwise_and_(mask).to(torch.int32).flatten(-2)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """The int32 words [..., ceil(C * bits / 32)] of uint8 `codes` [..., C], each below 2**bits: what `unpack` undoes.
+
+    The last word is filled up with zeros; where `bits` does not divide 32, C is a multiple of 32.
+    """
+    if WORD % bits == 0:
+        codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % (WORD // bits)))
+    fields = 8 // math.gcd(bits, 8)  # codes that fill whole bytes together; no code lies in more than two
+    runs = codes.reshape(*codes.shape[:-1], -1, fields)
+    # By the byte: a word's lowest comes first in memory, and a shift drops what goes into the next.
+    stored = torch.zeros(*runs.shape[:-1], fields * bits // 8, dtype=torch.uint8, device=codes.device)
+    for i, code in enumerate(runs.unbind(-1)):
+        byte, shift = divmod(i * bits, 8)
+        stored[..., byte] |= code << shift
+        if shift + bits > 8:  # noqa: PLR2004 - a byte
+            stored[..., byte + 1] |= code >> (8 - shift)
+    return stored.flatten(-2).view(torch.int32)
 
 
 def unpack_floats(words: Tensor, bits: int, out: Tensor) -> None:

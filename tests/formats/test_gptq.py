@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from pipeline.checkpoint import Checkpoint, Quantization
 from pipeline.errors import CheckpointError, MissingTensor, NonFinite, UnsupportedFormat
 from pipeline.formats import gptq
+from pipeline.formats.rounded import Rounded
 from pipeline.jobs import Job
 from pipeline.stages import upcast
 from tests.formats.groups import by_rows, pack_last, packed, quantized
@@ -90,6 +91,45 @@ def test_what_was_packed_comes_back(bits, seed, group_size, ordered):
     assert torch.equal(gptq.dequantize(packed(tensors), config), expected)
     assert torch.equal(by_rows(gptq, packed(tensors), config, step=32), expected)
     assert gptq.dense_shape(packed(tensors), config) == (outputs, inputs)
+
+
+def test_eight_values_are_written_as_they_were_packed_by_hand():
+    groups = torch.zeros(8, dtype=torch.int32)
+    codes = torch.tensor([[0, 1, 7, 8, 9, 15, 8, 3]] + [[0] * 8] * 7, dtype=torch.uint8)
+    scales, zeros = torch.full((8, 1), 0.5).half(), torch.full((8, 1), 8, dtype=torch.uint8)
+    written = gptq.pack(Rounded(bits=4, codes=codes, scales=scales, zeros=zeros, groups=groups))
+    expected = eight() | {"qzeros": torch.tensor([[0x77777777]], dtype=torch.int32)}
+    assert list(written) == ["qweight", "qzeros", "scales", "g_idx"]
+    for part, tensor in expected.items():
+        assert torch.equal(written[part], tensor), part
+        assert (written[part].dtype, written[part].is_contiguous()) == (tensor.dtype, True), part
+
+
+def test_a_zero_point_of_zero_borrows_from_its_neighbour_when_written():
+    zeros = torch.tensor([[0], *[[8]] * 7], dtype=torch.uint8)
+    part = {"scales": torch.ones(8, 1).half(), "groups": torch.zeros(8, dtype=torch.int32)}
+    written = gptq.pack(Rounded(bits=4, codes=torch.zeros(8, 8, dtype=torch.uint8), zeros=zeros, **part))
+    assert written["qzeros"].tolist() == [[0x7777776F]]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), group_size=st.sampled_from([16, 32, 64, -1]), ordered=st.booleans())
+def test_what_was_rounded_is_read_back_bit_for_bit(bits, seed, group_size, ordered):
+    generator = torch.Generator().manual_seed(seed)
+    inputs, outputs, size = 64, 96, 64 if group_size == -1 else group_size
+    groups = torch.arange(inputs, dtype=torch.int32) // size
+    groups = groups[torch.randperm(inputs, generator=generator)] if ordered else groups
+    count = {"dtype": torch.uint8, "generator": generator}
+    rounded = Rounded(
+        bits=bits, codes=torch.randint(2**bits, (outputs, inputs), **count),
+        zeros=torch.randint(2**bits, (outputs, inputs // size), **count),
+        scales=torch.rand(outputs, inputs // size, generator=generator).half(), groups=groups,
+    )  # fmt: skip
+    config = quantized("gptq", bits=bits, group_size=group_size, desc_act=ordered)
+    written = packed(gptq.pack(rounded))
+    assert torch.equal(gptq.dequantize(written, config), rounded.dense())
+    assert gptq.dense_shape(written, config) == (outputs, inputs)
 
 
 def test_dynamic_gives_a_module_other_bits_and_group_size():
@@ -172,6 +212,20 @@ def test_every_layout_gptqmodel_packs_is_read_as_its_kernel_reads_it(gptqmodel_f
         assert expected.dtype == torch.float16
         weight = gptq.dequantize(packed(tensors), Quantization.parse(cases[name]))
         assert torch.equal(weight.half(), expected), name
+
+
+def test_every_layout_gptqmodel_packs_is_written_as_it_packs_it(gptqmodel_folder):
+    cases = json.loads((gptqmodel_folder / "cases.json").read_text())
+    names = [name for name, case in cases.items() if case.get("checkpoint_format") == "gptq"]
+    assert len(names) == 24
+    for name in names:
+        tensors = load_file(gptqmodel_folder / f"{name}.safetensors")
+        expected = {part: tensors[part] for part in ("qweight", "qzeros", "scales", "g_idx")}
+        grid = {"scales": expected["scales"].T, "groups": expected["g_idx"], "zeros": tensors["zeros"]}
+        written = gptq.pack(Rounded(bits=cases[name]["bits"], codes=tensors["codes"], **grid))
+        for part, tensor in expected.items():
+            assert written[part].dtype == tensor.dtype, (name, part)
+            assert torch.equal(written[part], tensor), (name, part)
 
 
 def test_a_checkpoint_gptqmodel_wrote_becomes_the_weights_it_computes_with(gptqmodel_folder, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.formats.words import unpack, unpack_floats
+from pipeline.formats.words import pack, unpack, unpack_floats
 from tests.formats.groups import words
 
 
@@ -34,6 +34,29 @@ def test_any_codes_come_back(bits, data):
     stored = torch.tensor([words(codes, bits)], dtype=torch.int32)
     assert unpack(stored, bits).tolist() == [codes]
     assert unpack(stored.expand(3, 2, -1), bits).tolist() == [[codes] * 2] * 3
+
+
+def test_eight_nibbles_go_in_lowest_first():
+    assert pack(torch.arange(8, dtype=torch.uint8), 4).tolist() == [0x76543210]
+
+
+@pytest.mark.parametrize(("bits", "code"), [(2, 2), (4, 8), (8, 128)])
+def test_a_word_that_is_not_full_ends_in_zeros(bits, code):
+    assert pack(torch.tensor([code], dtype=torch.uint8), bits).tolist() == [code]
+    full = torch.full((32 // bits + 1,), code, dtype=torch.uint8)
+    assert pack(full, bits).tolist() == words(full.tolist(), bits)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 5), blocks=st.integers(1, 3), turned=st.booleans())
+def test_packed_codes_are_one_bit_stream_and_come_back(bits, seed, rows, blocks, turned):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(2**bits, (rows, blocks * 32), dtype=torch.uint8, generator=generator)
+    stored = pack(codes.T.contiguous().T if turned else codes, bits)
+    assert stored.dtype == torch.int32
+    assert stored.tolist() == [words(row, bits) for row in codes.tolist()]
+    assert torch.equal(unpack(stored, bits), codes.int())
+    assert torch.equal(pack(codes.expand(2, -1, -1), bits), stored.expand(2, -1, -1))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

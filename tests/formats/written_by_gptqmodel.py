@@ -92,6 +92,9 @@ def gptq(config: dict[str, object], seed: int) -> dict[str, torch.Tensor]:
     packed = {name: getattr(module, name).clone() for name in ("qweight", "qzeros", "scales", "g_idx")}
     if config["checkpoint_format"] == "gptq":  # as its loader does
         convert_gptq_v1_to_v2_format_module(module, bits, torch.int32)
+    # As its packer computes them.
+    codes = torch.round((linear.weight + (zeros * scales)[:, order]) / scales[:, order]).clamp(0, 2**bits - 1)
+    packed |= {"codes": codes.to(torch.uint8), "zeros": zeros.to(torch.uint8)}
     return packed | {"expected": module.dequantize_weight().T.contiguous()}
 
 

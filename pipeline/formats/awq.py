@@ -19,6 +19,7 @@ from torch import Tensor
 from pipeline.checkpoint import Quantization
 from pipeline.errors import UnsupportedFormat
 from pipeline.formats.components import ALL, FLOATS, WORDS, grid_of, require, require_finite
+from pipeline.formats.rounded import Rounded
 from pipeline.shards import TensorGroup
 
 BITS = (4,)
@@ -51,6 +52,19 @@ def dequantize(group: TensorGroup, quantization: Quantization, rows: slice = ALL
     return out
 
 
+def pack(rounded: Rounded) -> dict[str, Tensor]:
+    """`qweight`, `qzeros` and `scales` of a weight of 4 bits, O a multiple of 8, in groups that follow one another."""
+    assert rounded.bits in BITS
+    _, inputs = rounded.codes.shape
+    size = inputs // rounded.scales.shape[1]
+    assert torch.equal(rounded.groups, torch.arange(inputs, device=rounded.groups.device) // size), "AWQ has no g_idx"
+    return {
+        "qweight": _pack(rounded.codes),
+        "qzeros": _pack(rounded.zeros),
+        "scales": rounded.scales.half().T.contiguous(),
+    }
+
+
 def groups_of(group: TensorGroup, quantization: Quantization, inputs: int) -> int:
     """Groups in a row of `inputs` weights, in each of AWQ's layouts; raise UnsupportedFormat unless all are full."""
     grid = grid_of(group, quantization, bits=BITS)
@@ -60,6 +74,14 @@ def groups_of(group: TensorGroup, quantization: Quantization, inputs: int) -> in
             "fix group_size in config.json"
         )
     return grid.groups(inputs)
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """uint8 [8 W, R] → int32 [R, W]."""
+    words = torch.zeros(len(codes) // 8, codes.shape[1], dtype=torch.int32, device=codes.device)
+    for output, shift in enumerate(SHIFTS):
+        words.bitwise_or_(codes[output::8].to(torch.int32).bitwise_left_shift_(shift))
+    return words.T.contiguous()
 
 
 def _unpack(words: Tensor) -> Tensor:

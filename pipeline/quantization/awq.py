@@ -1,0 +1,202 @@
+"""AWQ (arXiv 2306.00978): scales that make room for inputs that matter, narrower ranges where they pay, and rounding.
+
+The layer y = W x is the same as y = (W diag(s)) (x / s). Rounding W diag(s) instead of W loses less where s is large;
+x / s costs nothing where it folds into what makes x (`folds.py`). AutoAWQ compares candidates by running the layer.
+Here they are compared by the Gram matrix H = X^T X of the layer's inputs, float32 [I, I]: the squared error of the
+output over all tokens is tr(D H D^T) for a change D of the weight. Everything is float32, on the tensors' own device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import NonFinite
+from pipeline.formats.rounded import Rounded
+
+ALPHAS = 20  # as AutoAWQ
+SHRINKS = tuple(1 - step / 20 for step in range(11))  # 1.0 to 0.5, as AutoAWQ
+SMALLEST = 2.0**-24  # float16's smallest value: a scale is never 0
+ROWS_AT_ONCE = 2**20  # weights in a chunk of rows: a few copies of it stay in a processor's cache
+
+
+def round_awq(weight: Tensor, *, group_size: int, bits: int = 4) -> Rounded:
+    """Float32 `weight` [O, I] rounded to the nearest code of an asymmetric grid for each `group_size` inputs.
+
+    The grid spans 0 and the group's extremes: scale (max - min) / (2 ** bits - 1) in float16, zero point
+    round(-min / scale), and the codes are the nearest for these. AutoAWQ (`pseudo_quantize_tensor`) leaves the 0 out,
+    which is the same for groups of both signs and ruins those of one. Raise NonFinite where a scale is too large for
+    float16 or a weight is no number; the caller knows the layer's name.
+    """
+    outputs, inputs = weight.shape
+    size = _size(inputs, group_size)
+    codes = torch.empty(outputs, inputs, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(outputs, inputs // size, dtype=torch.float16, device=weight.device)
+    zeros = torch.empty(outputs, inputs // size, dtype=torch.uint8, device=weight.device)
+    for rows in _chunks(outputs, inputs):
+        grouped = _grouped(weight[rows], size)
+        scale, zero = _grid(grouped, bits)
+        codes[rows] = _codes(grouped, scale, zero, bits).flatten(1).to(torch.uint8)
+        scales[rows], zeros[rows] = scale.squeeze(2).half(), zero.squeeze(2).to(torch.uint8)
+    if not bool(scales.isfinite().all()):
+        raise NonFinite("a weight is no number, or too large for a float16 scale; train again with a lower rate")
+    groups = torch.arange(inputs, dtype=torch.int32, device=weight.device) // size
+    return Rounded(bits=bits, codes=codes, scales=scales, zeros=zeros, groups=groups)
+
+
+def scaled(gram: Tensor, scales: Tensor) -> Tensor:
+    """The Gram matrix of the inputs x / s: float32 [I, I], for `scales` s [I]."""
+    return gram / scales[:, None] / scales[None, :]
+
+
+def search_scales(
+    weights: Sequence[Tensor],
+    gram: Tensor,
+    *,
+    group_size: int,
+    bits: int = 4,
+    rows: int = 256,
+    tie: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The s, float32 [I], with which rounding W diag(s) changes the outputs of all `weights` [O, I] least in sum.
+
+    Tried are x ** a and x ** a / w ** (1 - a) for 20 a from 0 to 0.95, x the root mean square of each input, w the mean
+    share that its weights have of their group's largest; s = 1 is the first of them, so the search never loses. At most
+    `rows` evenly spaced outputs of each weight are compared, of which a candidate costs 2 * rows * I ** 2 operations.
+    `tie` makes equal what must be: it takes a value for each input [I] and gives those that share a scale their mean
+    (`folds.Fold.tied`). Every s is finite and positive, and the geometric mean of least and largest is 1.
+    """
+    size = _size(gram.shape[0], group_size)
+    tie = tie or (lambda values: values)
+    picked = [weight[_spaced(len(weight), rows, weight.device)] for weight in weights]
+    counts = torch.cat(
+        [torch.full((len(few),), len(all_) / len(few)) for few, all_ in zip(picked, weights, strict=True)]
+    )
+    sample, counts = torch.cat(picked), counts.to(gram.device)
+    best, least = torch.ones_like(gram[0]), math.inf
+    for scales in _candidates(_root_mean_square(tie(gram.diagonal())), tie(_shares(weights, size))):
+        change = _nearest(sample * scales, size, bits).div_(scales).sub_(sample)
+        error = float((_row_errors(change, gram) * counts).sum())
+        if error < least:
+            best, least = scales, error
+    return best
+
+
+def clip(weight: Tensor, gram: Tensor, *, group_size: int, bits: int = 4) -> Tensor:
+    """Float32 `weight` [O, I] with the outliers of each row's groups clamped where that makes rounding better.
+
+    A group is clamped to 1.0 to 0.5 of its largest magnitude, whichever changes the output least with the group's own
+    block of `gram` [I, I]. A row whose clamped groups together do worse than the row as it was is left as it was: no
+    row loses. Source: AutoAWQ's `_compute_best_clip`, which samples tokens and asks no row.
+    """
+    size = _size(weight.shape[1], group_size)
+    blocks = torch.stack(list(_diagonal_blocks(gram, size)))
+    out = torch.empty_like(weight)
+    for rows in _chunks(*weight.shape):
+        part = weight[rows]
+        found = _clipped(part, blocks, size, bits)
+        before, after = (_row_errors(_nearest(one, size, bits) - part, gram) for one in (part, found))
+        out[rows] = torch.where((after < before)[:, None], found, part)
+    return out
+
+
+def _clipped(weight: Tensor, blocks: Tensor, size: int, bits: int) -> Tensor:
+    """`weight` [R, I], each group clamped to its best shrink by `blocks` [G, g, g]."""
+    grouped = _grouped(weight, size)
+    largest = grouped.abs().amax(2, keepdim=True)
+    limits, least = largest, torch.full_like(largest, math.inf)
+    for shrink in SHRINKS:
+        limit = largest * shrink
+        change = _nearest_grouped(grouped.clamp(-limit, limit), bits).sub_(grouped).transpose(0, 1)
+        error = torch.bmm(change, blocks).mul_(change).sum(2).T.unsqueeze(2)
+        better = error < least
+        limits, least = torch.where(better, limit, limits), torch.where(better, error, least)
+    return grouped.clamp(-limits, limits).flatten(1)
+
+
+def _candidates(rms: Tensor, share: Tensor) -> Iterator[Tensor]:
+    for step in range(ALPHAS):
+        alpha = step / ALPHAS
+        plain = rms**alpha
+        for scales in (plain, plain / (share ** (1 - alpha) + 1e-4)):
+            even = scales / (scales.max() * scales.min()).sqrt()
+            if bool(even.isfinite().all() & (even > 0).all()):
+                yield even
+
+
+def _root_mean_square(diagonal: Tensor) -> Tensor:
+    """Of each input, over their mean; an input that was always 0 counts as the smallest of the others."""
+    live = diagonal > 0
+    if not bool(live.any()):
+        return torch.ones_like(diagonal)
+    smallest = diagonal[live].min()
+    return (diagonal.clamp(min=smallest) / diagonal[live].mean()).sqrt()
+
+
+def _shares(weights: Sequence[Tensor], size: int) -> Tensor:
+    """[I]: the mean over all rows of |w| / the largest |w| of its group."""
+    total = torch.zeros_like(weights[0][0])
+    for weight in weights:
+        for rows in _chunks(*weight.shape):
+            grouped = _grouped(weight[rows].abs(), size)
+            total += grouped.div_(grouped.amax(2, keepdim=True).clamp_(min=SMALLEST)).sum(0).flatten()
+    return total / sum(len(weight) for weight in weights)
+
+
+def _grouped(weight: Tensor, size: int) -> Tensor:
+    """[R, I] → [R, G, g]."""
+    return weight.reshape(len(weight), -1, size)
+
+
+def _nearest(weight: Tensor, size: int, bits: int) -> Tensor:
+    """`weight` [R, I] as its nearest codes give it back."""
+    return _nearest_grouped(_grouped(weight, size), bits).flatten(1)
+
+
+def _nearest_grouped(grouped: Tensor, bits: int) -> Tensor:
+    scales, zeros = _grid(grouped, bits)
+    return _codes(grouped, scales, zeros, bits).sub_(zeros).mul_(scales)
+
+
+def _grid(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scales that float16 holds, and zero points, both float32 [R, G, 1], of `grouped` [R, G, g]."""
+    top = (1 << bits) - 1
+    low, high = grouped.amin(2, keepdim=True).clamp_(max=0), grouped.amax(2, keepdim=True).clamp_(min=0)
+    scales = ((high - low) / top).half().float().clamp_(min=SMALLEST)
+    return scales, low.div_(scales).round_().neg_().clamp_(0, top)
+
+
+def _codes(grouped: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """Codes as float32 [R, G, g]."""
+    return (grouped / scales).round_().add_(zeros).clamp_(0, (1 << bits) - 1)
+
+
+def _row_errors(change: Tensor, gram: Tensor) -> Tensor:
+    """float64 [R]: the squared change of each output over all tokens."""
+    return (change @ gram).mul_(change).sum(1, dtype=torch.float64)
+
+
+def _diagonal_blocks(gram: Tensor, size: int) -> Iterator[Tensor]:
+    for start in range(0, len(gram), size):
+        yield gram[start : start + size, start : start + size]
+
+
+def _spaced(count: int, rows: int, device: torch.device) -> Tensor:
+    """At most `rows` indices below `count`, evenly spaced."""
+    few = min(count, rows)
+    return torch.arange(few, device=device) * count // few
+
+
+def _chunks(outputs: int, inputs: int) -> Iterator[slice]:
+    step = max(1, ROWS_AT_ONCE // inputs)
+    for start in range(0, outputs, step):
+        yield slice(start, min(start + step, outputs))
+
+
+def _size(inputs: int, group_size: int) -> int:
+    size = inputs if group_size == -1 else group_size
+    assert inputs % size == 0, f"{inputs} inputs, groups of {size}"
+    return size

@@ -22,8 +22,8 @@ import time
 from collections.abc import Iterator
 from typing import IO
 
-from pipeline.call import end_with
 from pipeline.errors import WorkError
+from pipeline.lifeline import end_with
 
 # Seconds for a server to come up: making the database takes 10 to 20 s, more on a busy machine, and two may queue.
 START_SECONDS = 180.0

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import fcntl
 import importlib
 import os
 import pickle
-import select
-import signal
 import sys
 import threading
 import traceback
@@ -21,6 +18,7 @@ from typing import Any
 
 from pipeline import progress
 from pipeline.errors import RequantError, StageFailed
+from pipeline.lifeline import end_with
 
 
 class _Inherited(forkserver.ForkServer):
@@ -66,19 +64,6 @@ def pickled(value: Any, *, what: str) -> bytes:
         found = f"{type(error).__name__}: {error}"
         sentence = f"{what} cannot cross between processes ({found}); pass plain values"
         raise StageFailed(sentence, traceback.format_exc()) from error
-
-
-def end_with(lifeline: int) -> None:
-    """Have the kernel kill this process group when the other end of `lifeline` closes, which its holder's death does.
-
-    The signal needs no thread and no turn at the interpreter's lock, so it also ends a child busy in C code.
-    PR_SET_PDEATHSIG would not do: it comes when the forkserver ends, which waits for its children.
-    """
-    fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
-    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([lifeline], [], [], 0)[0]:  # it closed before the kernel was told
-        os.killpg(0, signal.SIGKILL)
 
 
 def _answer(call: Call, answers: Connection) -> None:

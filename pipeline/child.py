@@ -58,7 +58,7 @@ class _Forkserver:
         with self._lock:
             if self._output is None and forkserver.get_inherited_fds() is None:
                 self._output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this process
-                forkserver.set_forkserver_preload(list(modules))
+                forkserver.set_forkserver_preload(["pipeline.lifeline", *modules])
                 with _clean_start(self._output.fileno()):
                     forkserver.ensure_running()
 

@@ -446,6 +446,27 @@ def test_nobody_outlives_a_parent_that_was_killed(tmp_path):
             os.kill(pid, signal.SIGKILL)
 
 
+def test_a_forkserver_that_still_imports_ends_with_a_parent_that_was_killed(tmp_path):
+    """Imports take seconds, on a busy machine more than the ten that anybody may live on."""
+    mark, began = f"mark-{uuid.uuid4().hex}", tmp_path / "began"
+    (tmp_path / "slow_to_import.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(began)!r}).touch()\ntime.sleep(60)"
+    )
+    body = 'child.PRELOAD = ("slow_to_import",)\nchild.warm()\nsys.stdin.read()'
+    parent = subprocess.Popen(
+        [sys.executable, "-c", _script(f"import sys\n{body}")],
+        env={**os.environ, "REQUANT_TEST_MARK": mark, "PYTHONPATH": str(tmp_path)}, stdin=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert _until(began.exists)
+        parent.kill()
+        parent.wait()
+        assert _until(lambda: not _marked(mark)), _marked(mark)
+    finally:
+        for pid in _marked(mark):
+            os.kill(pid, signal.SIGKILL)
+
+
 # --- how the parent was started -------------------------------------------------------------------------------------
 
 

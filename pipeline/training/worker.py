@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import progress
-from pipeline.call import end_with
 from pipeline.errors import RequantError
+from pipeline.lifeline import end_with
 
 
 def main(name: str, call: str) -> int:

@@ -76,10 +76,10 @@ class Passed:
 
 
 def batches_of(samples: Sequence[Sequence[int]]) -> list[dict[str, Tensor]]:
-    """Samples of one length as the model's arguments, the first in a batch of its own: it is what folds are tried on."""
+    """Samples of one length as the model's arguments, the first by itself: it is what folds are tried on."""
     ids = torch.tensor(samples, dtype=torch.int64)
     size = max(1, BATCH_TOKENS // ids.shape[1])
-    return [{"input_ids": part} for part in (ids[:1], *ids[1:].split(size)) if len(part)]
+    return [{"input_ids": part} for part in (ids[:1], *torch.split(ids[1:], size)) if len(part)]
 
 
 class Pass:

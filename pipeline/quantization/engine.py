@@ -1,8 +1,8 @@
 """GPTQ and AWQ for every target of a recipe, from one calibration pass.
 
-Layer after layer the pass gives weights and Gram matrices, each target rounds them, and what it packed lies in a file of
-its own for each layer before the next one begins: a run that was killed goes on there. At the end the folder is made of
-these files and the parent, as with any other writer.
+Layer after layer the pass gives weights and Gram matrices, each target rounds them, and what it packed lies in a file
+of its own for each layer before the next one begins: a run that was killed goes on there. At the end the folder is made
+of these files and the parent, as with any other writer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -43,9 +42,7 @@ def write(orders: Sequence[Order]) -> list[Written]:
     for order in orders:
         _prepare(order, parent)
     with ShardReader(parent) as reader:
-        streamed = Streamed(
-            parent, reader.__getitem__, device=device(), trust_remote_code=orders[0].trust_remote_code
-        )
+        streamed = Streamed(parent, reader.__getitem__, device=device(), trust_remote_code=orders[0].trust_remote_code)
         for order in orders:
             if not order.target.calibrated:
                 _round(order, parent, streamed)
@@ -124,7 +121,7 @@ def _piece(order: Order, index: int) -> Path:
 
 def _keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
     part = path.with_name(f"{path.name}.part")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, part)
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.rename(path)

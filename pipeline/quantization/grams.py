@@ -60,7 +60,7 @@ class Grams:
                     f"{layer}.{first}: its inputs hold NaN or infinity on the calibration rows; the model is broken "
                     "from here on, or overflows"
                 )
-            gram += gram.triu_().triu(1).T
+            gram.triu_().add_(gram.triu(1).T)
         return {tuple(names): self._found[first] for first, names in groups.items()}
 
     def forget(self) -> None:

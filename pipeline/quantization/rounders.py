@@ -17,8 +17,9 @@ from pipeline.formats import gptq as gptq_layout
 from pipeline.formats.rounded import Rounded
 from pipeline.quantization.awq import clip, round_awq, scaled, search_scales
 from pipeline.quantization.calibration import Passed
+from pipeline.quantization.fold_search import find_folds
 from pipeline.quantization.folder import Order
-from pipeline.quantization.folds import Fold, apply, attainable, find_folds
+from pipeline.quantization.folds import Fold, apply, attainable
 from pipeline.quantization.gptq import round_gptq
 from pipeline.quantization.grids import nearest
 from pipeline.quantization.heads import kept_dense
@@ -26,8 +27,8 @@ from pipeline.quantization.streamed import Streamed, linears_of
 from pipeline.shards import DTYPES
 from pipeline.targets import AWQTarget, GPTQTarget
 
-# Who made it, as loaders read it: gptqmodel refuses asymmetric v1 zero points by a writer that it does not know, because
-# AutoGPTQ's were wrong; they are packed here as by gptqmodel since that version.
+# Who made it, as loaders read it: gptqmodel refuses asymmetric v1 zero points by a writer that it does not know,
+# because AutoGPTQ's were wrong; they are packed here as by gptqmodel since that version.
 QUANTIZERS = ["requant:1", "gptqmodel:0.9.0"]
 CLOSE = 1e-3  # how far a layer's output may move for its folds, as a share of the output: float32 moves it by 1e-6
 
@@ -196,7 +197,7 @@ def _packed(
 
 def _split(rounded: Rounded, counts: list[int]) -> Iterator[Rounded]:
     """The modules whose rows were rounded together."""
-    parts = (tensor.split(counts) for tensor in (rounded.codes, rounded.scales, rounded.zeros))
+    parts = (torch.split(tensor, counts) for tensor in (rounded.codes, rounded.scales, rounded.zeros))
     for codes, scales, zeros in zip(*parts, strict=True):
         yield replace(rounded, codes=codes, scales=scales, zeros=zeros)
 

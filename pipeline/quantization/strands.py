@@ -50,8 +50,12 @@ class Strands:
     def __enter__(self) -> Self:
         for name, module in self._layers.items():
             module.forward = _stopped(name)
-        for strand in self._strands:
-            strand.begin()
+        try:
+            for strand in self._strands:
+                strand.begin()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(

@@ -32,6 +32,9 @@ class Streamed:
         self._read, self.device = read, device
         self._stored = _stored(checkpoint, trust_remote_code=trust_remote_code)
         self.model: Any = hollow(checkpoint.folder, trust_remote_code=trust_remote_code).eval()
+        for module in self.model.modules():  # a cache of keys and values would grow whenever a layer runs again
+            if hasattr(getattr(module, "config", None), "use_cache"):
+                module.config.use_cache = False
         self.layers = layers_of(self.model)
         self._inside = {
             f"{name}.{parameter}" for name, layer in self.layers.items() for parameter, _ in layer.named_parameters()
@@ -49,7 +52,8 @@ class Streamed:
         """The layer with its weights in float32, gone again after the block."""
         module = self.layers[layer]
         for name, _ in list(module.named_parameters()):
-            _put(module, name, self._tensor(f"{layer}.{name}").float())
+            # A copy: some tensors are the file itself, mapped into memory.
+            _put(module, name, self._tensor(f"{layer}.{name}").to(torch.float32, copy=True))
         try:
             yield module
         finally:

@@ -20,12 +20,13 @@ from torch import Tensor
 from pipeline.errors import NonFinite, NotPositiveDefinite
 from pipeline.formats.components import all_finite
 from pipeline.formats.rounded import Rounded
-from pipeline.quantization.grids import consecutive, find_grid
+from pipeline.quantization.grids import consecutive, divisors, find_grid
 from pipeline.targets import GPTQTarget
 
 BLOCK = 128  # columns whose errors reach the later ones together, as one matrix product
 STRIP = 32  # columns of a block that look back one by one; beyond them a block, too, is left to a matrix product
 ROWS_AT_ONCE = 1024
+CONTIGUOUS = torch.contiguous_format
 
 
 def round_gptq(weight: Tensor, gram: Tensor, *, target: GPTQTarget, fixed: Rounded | None = None) -> Rounded:
@@ -38,6 +39,8 @@ def round_gptq(weight: Tensor, gram: Tensor, *, target: GPTQTarget, fixed: Round
     whole mean diagonal, added to it, does not make `gram` positive definite.
     """
     inputs = weight.shape[1]
+    if not all_finite(weight):
+        raise NonFinite("the weights hold NaN or infinity; train again with a lower learning rate")
     if not all_finite(gram):
         raise NonFinite("the activations of the calibration rows hold NaN or infinity; calibrate with other rows")
     order = torch.arange(inputs, device=weight.device)
@@ -45,11 +48,11 @@ def round_gptq(weight: Tensor, gram: Tensor, *, target: GPTQTarget, fixed: Round
         order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     grid = _known_grid(weight, order, target, fixed)
     work = _Work(
-        weight=weight.index_select(1, order).T.contiguous(),
+        weight=(weight.index_select(1, order) if target.desc_act else weight).T.clone(memory_format=CONTIGUOUS),
         factor=_factor(gram, order, damping=target.damping),
         codes=torch.empty(inputs, weight.shape[0], dtype=torch.uint8, device=weight.device),
         groups=grid.groups.index_select(0, order),
-        scales=grid.scales.T.float().contiguous(),
+        scales=divisors(grid.scales.T).contiguous(),
         zeros=grid.zeros.T.float().contiguous(),
         top=2**target.bits - 1,
     )
@@ -58,7 +61,7 @@ def round_gptq(weight: Tensor, gram: Tensor, *, target: GPTQTarget, fixed: Round
     return Rounded(
         bits=target.bits,
         codes=work.codes.index_select(0, torch.argsort(order)).T.contiguous(),
-        scales=work.scales.T.half().contiguous(),
+        scales=grid.scales if fixed else work.scales.T.half().contiguous(),
         zeros=work.zeros.T.to(torch.uint8).contiguous(),
         groups=grid.groups,
     )
@@ -165,15 +168,15 @@ def _find(work: _Work, owed: Tensor, first: int, target: GPTQTarget) -> None:
 
 def _round_strip(work: _Work, owed: Tensor, strip: slice) -> None:
     """Round the columns of `strip`; `owed` [S, O] is what the columns before it lost, to be made up for in each."""
-    weight, factor, groups = work.weight[strip], work.factor[strip, strip], work.groups[strip]
+    weight, groups = work.weight[strip], work.groups[strip]
     levels, grids = weight + owed, groups.tolist()
+    # With zeros for the columns to come, every one is a product with the whole strip: slices would cost more.
+    turned, factor = weight.T, work.factor[strip, strip].tril(-1)
     present = {group: (scale, -zero, work.top - zero)
                for group in set(grids) for scale, zero in [(work.scales[group], work.zeros[group])]}  # fmt: skip
     # Five operations a column: for small models what they cost beside the arithmetic is what rounding costs.
-    for i, (level, lost, group) in enumerate(zip(levels.unbind(), weight.unbind(), grids, strict=True)):
+    for level, lost, back, group in zip(levels.unbind(), weight.unbind(), factor.unbind(), grids, strict=True):
         scale, lowest, highest = present[group]
-        if i:
-            level.addmv_(weight[:i].T, factor[i, :i])
-        level.div_(scale).round_().clamp_(lowest, highest)
+        level.addmv_(turned, back).div_(scale).round_().clamp_(lowest, highest)
         lost.addcmul_(level, scale, value=-1)
     work.codes[strip] = levels.add_(work.zeros.index_select(0, groups))

@@ -206,10 +206,27 @@ def test_a_nan_in_either_is_refused(bad):
     wrong[3, 200] = bad
     with pytest.raises(NonFinite, match="calibration rows"):
         round_gptq(weight, wrong, target=target(group_size=32))
+    old = round_gptq(weight, gram, target=target(group_size=32))
     weight[5, 70] = bad
-    for options in ({"group_size": 32}, {"group_size": -1}):
-        with pytest.raises(NonFinite, match="NaN"):
-            round_gptq(weight, gram, target=target(**options))
+    for fixed in (None, old):
+        with pytest.raises(NonFinite, match="the weights hold NaN"):
+            round_gptq(weight, gram, target=target(group_size=32), fixed=fixed)
+
+
+def test_a_weight_beyond_float16_is_refused_in_the_middle():
+    weight, gram = layer()
+    weight[5, 200] = 1e7
+    with pytest.raises(NonFinite, match="no float16 scale"):
+        round_gptq(weight, gram, target=target(group_size=32))
+
+
+def test_one_row_is_rounded_and_left_as_it_was():
+    """Its transpose is contiguous as it lies."""
+    weight, gram = layer(outputs=1)
+    before = weight.clone()
+    rounded = round_gptq(weight, gram, target=target(group_size=32))
+    assert torch.equal(weight, before)
+    assert rounded.codes.shape == (1, 256)
 
 
 def test_a_bare_gram_matrix_leaves_rounding_to_nearest():

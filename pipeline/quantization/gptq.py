@@ -5,6 +5,11 @@ theorem 6): with H = Fᵀ D F, F unit lower triangular and D diagonal, column i 
 `w_i + sum over j < i of F_ij (w_j - q_j)`. That takes one Cholesky factor, where GPTQ inverts H between two, and it
 compares with the original weights throughout, so that nothing but differences is kept.
 
+The most active inputs are rounded first, for nothing makes up for what the last ones lose. Without desc_act each group
+stays together, since its inputs lie one after another in memory: groups in the order of their most active input, and
+the inputs of each among themselves (arXiv 2505.14638; gptqmodel does so too). On the layers of a small Llama that took
+9 to 23 % off the error which the inputs' own order leaves; desc_act took 24 %.
+
 A group's grid is found when its first column is reached, on the weights as they were compensated by then:
 `W_g + F_gg⁻¹ F_gs (W_s - Q_s)` with s the columns before. gptqmodel and the first implementation leave out what was
 rounded within the same 128 columns; here nothing is.
@@ -26,7 +31,6 @@ from pipeline.targets import GPTQTarget
 BLOCK = 128  # columns whose errors reach the later ones together, as one matrix product
 STRIP = 32  # columns of a block that look back one by one; beyond them a block, too, is left to a matrix product
 ROWS_AT_ONCE = 1024
-CONTIGUOUS = torch.contiguous_format
 
 
 def round_gptq(weight: Tensor, gram: Tensor, *, target: GPTQTarget, fixed: Rounded | None = None) -> Rounded:
@@ -43,12 +47,11 @@ def round_gptq(weight: Tensor, gram: Tensor, *, target: GPTQTarget, fixed: Round
         raise NonFinite("the weights hold NaN or infinity; train again with a lower learning rate")
     if not all_finite(gram):
         raise NonFinite("the activations of the calibration rows hold NaN or infinity; calibrate with other rows")
-    order = torch.arange(inputs, device=weight.device)
-    if target.desc_act:
-        order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    whole = target.desc_act or target.group_size == -1 or fixed is not None  # a grid that is there bears any order
+    order = _order(gram.diagonal(), inputs if whole else target.group_size)
     grid = _known_grid(weight, order, target, fixed)
     work = _Work(
-        weight=(weight.index_select(1, order) if target.desc_act else weight).T.clone(memory_format=CONTIGUOUS),
+        weight=weight.index_select(1, order).T.contiguous(),
         factor=_factor(gram, order, damping=target.damping),
         codes=torch.empty(inputs, weight.shape[0], dtype=torch.uint8, device=weight.device),
         groups=grid.groups.index_select(0, order),
@@ -91,6 +94,14 @@ class _Work:
     scales: Tensor
     zeros: Tensor
     top: int
+
+
+def _order(diagonal: Tensor, size: int) -> Tensor:
+    """The inputs in the order of rounding, int64 [I]: groups of `size` by their most active, each by its activity."""
+    grouped = diagonal.view(-1, size)
+    inside = torch.argsort(grouped, dim=1, descending=True, stable=True)
+    inside += torch.arange(0, diagonal.numel(), size, device=diagonal.device).unsqueeze(1)
+    return inside[torch.argsort(grouped.amax(1), descending=True, stable=True)].flatten()
 
 
 def _known_grid(weight: Tensor, order: Tensor, target: GPTQTarget, fixed: Rounded | None) -> Rounded:
@@ -163,7 +174,8 @@ def _find(work: _Work, owed: Tensor, first: int, target: GPTQTarget) -> None:
     inverse = torch.linalg.solve_triangular(own, identity, upper=False, unitriangular=True)
     moved = torch.addmm(work.weight[first:end], inverse, owed)
     scales, zeros = find_grid(moved.T, bits=target.bits, group_size=-1, symmetric=target.symmetric, mse=target.mse)
-    work.scales[first // size], work.zeros[first // size] = scales[:, 0], zeros[:, 0]
+    group = int(work.groups[first])
+    work.scales[group], work.zeros[group] = scales[:, 0], zeros[:, 0]
 
 
 def _round_strip(work: _Work, owed: Tensor, strip: slice) -> None:

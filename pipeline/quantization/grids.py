@@ -43,8 +43,8 @@ def find_grid(
     scales, zeros = _spanning(low, high, bits=bits, symmetric=symmetric)
     if not all_finite(scales):
         raise NonFinite(
-            "holds NaN or a weight so large that no float16 scale reaches it; train again with a lower learning rate, "
-            "or quantize to bitsandbytes"
+            "the weights hold NaN, or values so large that no float16 scale reaches them; train again with a lower "
+            "learning rate, or quantize to bitsandbytes"
         )
     if mse:
         for rows in _chunks(weight):
@@ -65,10 +65,15 @@ def onto(weight: Tensor, grid: Rounded) -> Rounded:
     groups, top = grid.groups.long(), 2**grid.bits - 1
     codes = torch.empty_like(weight, dtype=torch.uint8)
     for rows in _chunks(weight):
-        scales = torch.index_select(grid.scales[rows].float(), 1, groups)
+        scales = torch.index_select(divisors(grid.scales[rows]), 1, groups)
         zeros = torch.index_select(grid.zeros[rows].float(), 1, groups)
         codes[rows] = torch.div(weight[rows], scales, out=scales).round_().add_(zeros).clamp_(0, top)
     return replace(grid, codes=codes)
+
+
+def divisors(scales: Tensor) -> Tensor:
+    """float16 `scales` as float32, those that are zero as the smallest: other writers give a row of zeros such."""
+    return scales.float().masked_fill_(scales == 0, SMALLEST_SCALE)
 
 
 def consecutive(inputs: int, groups: int, device: torch.device) -> Tensor:
@@ -117,8 +122,9 @@ def _searched(grouped: Tensor, low: Tensor, high: Tensor, *, bits: int, symmetri
 def _error(grouped: Tensor, scales: Tensor, zeros: Tensor, *, top: int) -> Tensor:
     """The sum of each group's errors to the power of NORM."""
     steps, zeros = scales.float().unsqueeze(-1), zeros.unsqueeze(-1)
-    rounded = (grouped / steps).round_().clamp_(-zeros, top - zeros).mul_(steps)
-    return rounded.sub_(grouped).abs_().pow_(NORM).sum(-1)
+    rounded = (grouped / steps).round_().add_(zeros).clamp_(0, top).sub_(zeros).mul_(steps)
+    # Three times as fast as pow; the logarithm of zero is minus infinity, whose power is zero again.
+    return rounded.sub_(grouped).abs_().log2_().mul_(NORM).exp2_().sum(-1)
 
 
 def _chunks(weight: Tensor) -> Iterator[slice]:

@@ -42,13 +42,18 @@ def layer(outputs=48, inputs=256, *, seed=0):
     return weight, rows.T @ rows
 
 
+def order_of(activity, size):
+    """Groups by their most active input, inputs within a group by their activity; those first that have most."""
+    groups = [range(start, start + size) for start in range(0, len(activity), size)]
+    groups.sort(key=lambda group: max(activity[i] for i in group), reverse=True)
+    return torch.tensor([i for group in groups for i in sorted(group, key=lambda i: activity[i], reverse=True)])
+
+
 def textbook(weight, gram, options):
     """GPTQ as the paper has it: float64, one column after another, the inverse's Cholesky factor; codes [O, I]."""
     inputs = weight.shape[1]
-    order = torch.arange(inputs)
-    if options.desc_act:
-        order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     size = inputs if options.group_size == -1 else options.group_size
+    order = order_of(gram.diagonal().tolist(), inputs if options.desc_act else size)
     found = {"bits": options.bits, "symmetric": options.symmetric, "mse": options.mse}
     scales, zeros = (part.double() for part in find_grid(weight, group_size=size, **found))
     left, codes = weight[:, order].double(), torch.zeros_like(weight, dtype=torch.uint8)
@@ -56,7 +61,7 @@ def textbook(weight, gram, options):
     damped += options.damping * damped.diagonal().mean() * torch.eye(inputs)
     inverse = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     for i, column in enumerate(order.tolist()):
-        group = (column if options.static_groups else i) // size
+        group = (i if options.desc_act and not options.static_groups else column) // size
         if i % size == 0 and not (options.static_groups or size == inputs):
             scale, zero = find_grid(left[:, i : i + size].float(), group_size=-1, **found)
             scales[:, group], zeros[:, group] = scale[:, 0].double(), zero[:, 0].double()
@@ -108,6 +113,12 @@ def test_two_values_by_hand():
     rounded = round_gptq(weight, gram, target=target(group_size=-1))
     assert rounded.scales.tolist() == [[1.0]]
     assert rounded.dense().tolist() == [[0.0, 1.0, 7.0, -8.0]]
+
+
+def test_the_most_active_inputs_come_first_and_groups_stay_together():
+    activity = torch.tensor([1.0, 4.0, 9.0, 2.0, 5.0, 5.0])
+    assert gptq._order(activity, 2).tolist() == [2, 3, 4, 5, 1, 0]
+    assert gptq._order(activity, 6).tolist() == [2, 4, 5, 1, 3, 0]
 
 
 def test_groups_follow_the_order_of_the_columns_unless_they_are_static():
@@ -206,10 +217,27 @@ def test_a_nan_in_either_is_refused(bad):
     wrong[3, 200] = bad
     with pytest.raises(NonFinite, match="calibration rows"):
         round_gptq(weight, wrong, target=target(group_size=32))
+    old = round_gptq(weight, gram, target=target(group_size=32))
     weight[5, 70] = bad
-    for options in ({"group_size": 32}, {"group_size": -1}):
-        with pytest.raises(NonFinite, match="NaN"):
-            round_gptq(weight, gram, target=target(**options))
+    for fixed in (None, old):
+        with pytest.raises(NonFinite, match="the weights hold NaN"):
+            round_gptq(weight, gram, target=target(group_size=32), fixed=fixed)
+
+
+def test_a_weight_beyond_float16_is_refused_in_the_middle():
+    weight, gram = layer()
+    weight[5, 200] = 1e7
+    with pytest.raises(NonFinite, match="no float16 scale"):
+        round_gptq(weight, gram, target=target(group_size=32))
+
+
+def test_one_row_is_rounded_and_left_as_it_was():
+    """Its transpose is contiguous as it lies."""
+    weight, gram = layer(outputs=1)
+    before = weight.clone()
+    rounded = round_gptq(weight, gram, target=target(group_size=32))
+    assert torch.equal(weight, before)
+    assert rounded.codes.shape == (1, 256)
 
 
 def test_a_bare_gram_matrix_leaves_rounding_to_nearest():

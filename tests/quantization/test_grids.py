@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from pipeline.errors import NonFinite
 from pipeline.formats.rounded import Rounded
+from pipeline.quantization.gptq import round_gptq
 from pipeline.quantization.grids import SMALLEST_SCALE, find_grid, nearest, onto
+from pipeline.targets import GPTQTarget
 
 OPTIONS = {"bits": 4, "group_size": -1, "symmetric": False}
 
@@ -98,6 +100,19 @@ def test_a_stored_grid_may_have_its_groups_in_any_order():
     rounded = onto(weight, Rounded(bits=4, codes=weight.byte(), scales=scales, zeros=zeros, groups=groups))
     assert not rounded.dense()[:, groups == 1].any()
     assert (rounded.dense() - weight.clamp(-0.8, 0.7))[:, groups == 0].abs().max() < 0.051
+
+
+def test_a_stored_scale_may_be_zero_or_negative():
+    weight = torch.tensor([[0.0, 0.0, 1.0, -1.0]])
+    scales, zeros = torch.tensor([[0.0, -0.25]]).half(), torch.full((1, 2), 8, dtype=torch.uint8)
+    groups = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
+    grid = Rounded(bits=4, codes=weight.byte(), scales=scales, zeros=zeros, groups=groups)
+    assert onto(weight, grid).dense().tolist() == weight.tolist()
+    for ordered in (False, True):
+        target = GPTQTarget(format="gptq", desc_act=ordered)
+        rounded = round_gptq(weight, torch.eye(4), target=target, fixed=grid)
+        assert rounded.dense().tolist() == weight.tolist()
+        assert torch.equal(rounded.scales, scales)
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-7])

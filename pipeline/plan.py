@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pipeline import donors
 from pipeline.artifacts import Artifact, Store
 from pipeline.catalog import Format, format_of
 from pipeline.checkpoint import Checkpoint
 from pipeline.digests import DigestCache
 from pipeline.graph import Graph
+from pipeline.kept import Donor, keep
 from pipeline.model_task import own_labels
 from pipeline.preflight import check, open_model
 from pipeline.recipe import Recipe
@@ -40,6 +42,32 @@ class Plan:
         """What the store holds of an output: known since planning, or made since."""
         return output.artifact or self.store.find(self.recipe.name, output.variant, output.origin.fingerprint)
 
+    def made(self, variant: str) -> Artifact | None:
+        """What the store holds of a variant that one of the steps makes."""
+        outputs = [output for step in self.steps for output in step.outputs if output.variant == variant]
+        return self.artifact(outputs[0]) if outputs else None
+
+    def donors(self, step: Step, output: Planned) -> tuple[Donor, ...]:
+        """Where the packed bytes of a quantize step's output may come from."""
+        target = next(target for target in step.targets if target.variant == output.variant)
+        upcast = self.made(step.inputs["upcast"]) if "upcast" in output.origin.parents else None
+        return donors.find(
+            self.store, target, output.origin, source=self.source, upcast=upcast.manifest if upcast else None,
+            refresh=self.recipe.calibration.refresh,
+        )  # fmt: skip
+
+    def copies(self, step: Step, output: Planned) -> int | None:
+        """How many modules a quantize step's output would copy; None where that is not known before its parent is."""
+        parent = self.made(step.inputs["dense"]) if step.targets and output.pending else None
+        if parent is None:
+            return None
+        found = self.donors(step, output)
+        if not found:
+            return 0
+        target = next(target for target in step.targets if target.variant == output.variant)
+        shapes = {name: info.shape for name, info in Checkpoint.open(parent.path).tensors.items()}
+        return len(keep(target, shapes, parent.manifest.tensors, found).modules)
+
     @property
     def runs(self) -> bool:
         """Whether any step must run."""
@@ -59,9 +87,8 @@ def make_plan(recipe: Recipe, *, until: str = "evaluate") -> Plan:
     cache = DigestCache()
     digest = cache.files(source.folder, source.files)
     graph = Graph(
-        recipe, store, sizes, digest, cache,
-        kind=kind, quantized=source.quantization is not None,
-        classifier=bool(kind and own_labels(source.config, kind)),
+        recipe, store, sizes, source, digest, cache,
+        kind=kind, classifier=bool(kind and own_labels(source.config, kind)),
     )  # fmt: skip
     steps = list(graph.steps(until))
     cache.save()
@@ -83,7 +110,7 @@ def _demanded(steps: list[Step]) -> tuple[Step, ...]:
             else replace(output, needed=False, reason="not needed: what follows is in the store")
             for output in step.outputs
         )
-        if any(output.pending for output in outputs):
-            wanted |= set(step.inputs.values())
+        # Of a step's inputs, those that the outputs to be made stand on.
+        wanted |= {step.inputs[role] for output in outputs if output.pending for role in output.origin.parents}
         marked.append(replace(step, outputs=outputs))
     return tuple(reversed(marked))

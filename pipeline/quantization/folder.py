@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,13 @@ from pipeline.catalog import Format, format_to
 from pipeline.checkpoint import Checkpoint, copy_companions
 from pipeline.errors import NonFinite, ReloadMismatch
 from pipeline.formats.components import all_finite
+from pipeline.kept import Donor
+from pipeline.quantization.copies import Copies
 from pipeline.shard_writer import ShardWriter
 from pipeline.shards import DTYPES, ShardReader
 from pipeline.targets import Target
+
+TRAIN_AGAIN = "train again with a lower learning rate, or download it again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +37,7 @@ class Order:
 
     `dense` is the parent's folder, `out` the folder to make, `scratch` one for the library's own files: absolute
     paths; whatever is in the last two goes. `calibration` holds token ids, a tuple for each sample, and is empty where
-    the format needs none.
+    the format needs none. `kept` maps the modules whose packed bytes are copied to the donor that has them.
     """
 
     dense: Path
@@ -41,14 +45,12 @@ class Order:
     scratch: Path
     target: Target
     calibration: tuple[tuple[int, ...], ...] = ()
+    kept: Mapping[str, Donor] = field(default_factory=dict)
     seed: int = 0
     trust_remote_code: bool = False
 
-    def begin(self) -> Checkpoint:
-        """Empty `scratch`, remove `out`, and open the parent.
-
-        Raise NonFinite where a weight of it is no number, CheckpointError where a projector beside it is another's.
-        """
+    def clear(self) -> Checkpoint:
+        """Empty `scratch`, remove `out`, open the parent; raise CheckpointError where its projector is another's."""
         for folder in (self.out, self.scratch):
             if folder.exists():
                 shutil.rmtree(folder)
@@ -56,10 +58,15 @@ class Order:
         parent = Checkpoint.open(self.dense)
         if pairing.is_projected(self.dense):
             pairing.check(self.dense)
+        return parent
+
+    def begin(self) -> Checkpoint:
+        """Clear the way and open the parent; raise NonFinite where a weight of it is no number."""
+        parent = self.clear()
         # The libraries pack a NaN without a word: it becomes a code like any other.
         with ShardReader(parent) as reader:
             for name in parent.tensors:
-                _finite(name, reader[name], remedy="train again with a lower learning rate, or download it again")
+                finite(name, reader[name], remedy=TRAIN_AGAIN)
         return parent
 
 
@@ -88,27 +95,34 @@ def write_folder(
     """
     row = format_to(order.target)
     packed = row.packed_modules(made.tensors)
+    assert not (scaled and order.kept), "what was scaled for one folder does not fit beside another's"
     sources = dict(_sources(parent, made, packed, scaled=scaled))
     _check_complete(parent, made, row, set(sources))
     order.out.mkdir(parents=True)
-    shapes = {name: (dtype, shape) for name, (_, dtype, shape) in sources.items()}
+    copies = Copies(order.kept, row)
+    shapes = {name: copies.shapes.get(name, (dtype, shape)) for name, (_, dtype, shape) in sources.items()}
     with ShardReader(parent) as dense, ShardReader(made) as library, ShardWriter(order.out, shapes) as writer:
         for name, (from_library, dtype, _) in sources.items():
-            if not from_library:
-                writer.write(name, dense[name])
+            if name in copies.shapes or not from_library:
+                writer.write(name, copies[name] if name in copies.shapes else dense[name])
                 continue
             tensor = library[name]
             if name in parent.tensors and torch.equal(tensor, dense[name].to(tensor.dtype)):
                 tensor = dense[name]  # not scaled after all: the parent's may be of higher precision
             tensor = tensor.to(DTYPES[dtype])
-            writer.write(name, _finite(name, tensor, remedy="quantize to more bits or with more calibration rows"))
+            writer.write(name, finite(name, tensor, remedy="quantize to more bits or with more calibration rows"))
+    return finish(order, parent, quantization=quantization)
+
+
+def finish(order: Order, parent: Checkpoint, *, quantization: Mapping[str, Any]) -> Written:
+    """Lay config, tokenizer and projector of the parent beside the weights in `order.out`, and say what they are."""
     config = {**parent.config, "quantization_config": dict(quantization)}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (order.out / "config.json").write_text(text, encoding="utf-8")
     copy_companions(parent.path, order.out)
     if pairing.is_projected(order.out):
         pairing.seal(order.out)
-    return _written(parent, Checkpoint.open(order.out), row)
+    return _written(parent, Checkpoint.open(order.out), format_to(order.target))
 
 
 _Source = tuple[bool, str, tuple[int, ...]]
@@ -146,7 +160,8 @@ def _check_complete(parent: Checkpoint, made: Checkpoint, row: Format, taken: se
                 )
 
 
-def _finite(name: str, tensor: Tensor, *, remedy: str) -> Tensor:
+def finite(name: str, tensor: Tensor, *, remedy: str) -> Tensor:
+    """`tensor`; raise NonFinite, with the remedy, where it holds NaN or infinity."""
     if tensor.is_floating_point() and not all_finite(tensor):
         raise NonFinite(f"{name}: holds NaN or infinity; {remedy}")
     return tensor

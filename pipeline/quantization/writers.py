@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from pipeline import child
 from pipeline.catalog import DENSE, format_to, require_libraries
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import UnsupportedFormat
-from pipeline.quantization import gptqmodel
+from pipeline.kept import Donor, Kept
+from pipeline.quantization import gptqmodel, kept_whole
 from pipeline.quantization.folder import Order, Written
 from pipeline.reloadable import check_reload
 from pipeline.sizes import check_target, dense_sizes
@@ -36,8 +38,24 @@ def check(dense: Checkpoint, targets: Iterable[Target]) -> None:
         check_target(sizes, target)
 
 
-def write(order: Order) -> Written:
-    """Write one quantized checkpoint in a process of its own, and clear the library's files away."""
-    written: Written = child.run(WRITERS[type(order.target)], order, environment=gptqmodel.ENVIRONMENT)
+def writable(target: Target, kept: Kept) -> Kept:
+    """What the writer of `target` keeps of `kept`.
+
+    gptqmodel rounds a whole model or nothing of it: it moves AWQ's scales where it likes, and packs what it rounded.
+    """
+    if kept.described_by or isinstance(target, BitsAndBytesTarget):
+        return kept
+    return replace(kept, modules={})
+
+
+def write(order: Order, described_by: Donor | None = None) -> Written:
+    """Write one quantized checkpoint, and clear the library's files away.
+
+    A library runs in a process of its own; none does where every packed module is kept, as `described_by` says.
+    """
+    if described_by:
+        written = kept_whole.write(order, described_by)
+    else:
+        written = child.run(WRITERS[type(order.target)], order, environment=gptqmodel.ENVIRONMENT)
     shutil.rmtree(order.scratch)
     return written

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from pipeline.artifacts import Artifact, Store, read_artifact
 from pipeline.checkpoint import Checkpoint
@@ -13,12 +13,11 @@ from pipeline.manifest import Manifest, Origin
 from pipeline.target_layout import matches
 from pipeline.targets import AWQTarget, Target
 
-SOURCE = "source"
 DIVIDED = "divided out of "  # how the upcast says that an activation's scales left a weight other than it was packed
 
 
-def of_source(target: Target, source: Checkpoint, upcast: Manifest) -> Donor | None:
-    """The recipe's source, where it is what `target` asks for; `upcast` is of the dense weights made from it.
+def of_source(target: Target, reference: str, source: Checkpoint, upcast: Manifest) -> Donor | None:
+    """A packed source, where it is what `target` asks for; `upcast` is of the dense weights made from it.
 
     Its dense tensors carry whatever was folded into them already, so each module stands for itself.
     """
@@ -28,10 +27,11 @@ def of_source(target: Target, source: Checkpoint, upcast: Manifest) -> Donor | N
     divided = {reason.removeprefix(DIVIDED) for reason in upcast.notes.get("dropped", {}).values()}
     weights = [f"{module}.weight" for module in packed]
     return Donor(
-        reference=SOURCE,
+        reference=reference,
         folder=source.path.absolute(),
         made_from={name: upcast.tensors[name] for name in weights if name in upcast.tensors and name not in divided},
         packed=packed,
+        spared=_spared(source, packed),
     )
 
 
@@ -60,16 +60,14 @@ def earlier(store: Store, target: Target, origin: Origin) -> Iterator[Donor]:
         )
 
 
-def find(
-    store: Store, target: Target, origin: Origin, *, source: Checkpoint, upcast: Manifest | None, refresh: bool
-) -> tuple[Donor, ...]:
-    """Every donor of a target, the source first; with `refresh` no other.
-
-    `upcast` is None where the source's own bytes are no part of the output's identity.
-    """
-    own = of_source(target, source, upcast) if upcast else None
-    others = () if refresh else earlier(store, target, origin)
-    return (*([own] if own else []), *others)
+def _spared(source: Checkpoint, packed: Collection[str]) -> frozenset[str]:
+    """What bitsandbytes left dense without being told to: it would again."""
+    quantization = source.quantization
+    assert quantization is not None
+    if quantization.method != "bitsandbytes" or quantization.raw.get("llm_int8_skip_modules") is not None:
+        return frozenset()
+    modules = {name.removesuffix(".weight") for name in source.tensors if name.endswith(".weight")}
+    return frozenset(modules - set(packed))
 
 
 def _readable(store: Store) -> Iterator[Artifact]:

@@ -20,7 +20,7 @@ from pipeline.recipe import Recipe
 from pipeline.sections import LABELLED, Data, Kind
 from pipeline.sizes import Sizes
 from pipeline.steps import Needs, Planned, Step
-from pipeline.target_layout import matches
+from pipeline.target_layout import matches, same_options
 from pipeline.targets import BASE_TARGETS, Target
 
 # Raised when the same options give other bytes.
@@ -177,9 +177,7 @@ class Graph:
         for target in targets:
             known = target.variant in calibrated
             options = {"target": target.model_dump(exclude={"name"}), **(shared if known else {})}
-            # What did not change since the upcast keeps the source's own bytes.
-            packed = {"source": "source", "upcast": "dense"} if matches(target, self._source) else {}
-            own = {"dense": dense, **packed}
+            own = {"dense": dense, **self._packed(target, dense)}
             outputs.append(self._planned("quantize", own, target.variant, options, data if known else {}))
             inputs |= own
         # The tool writes its own folder first, from which the artifact is made.
@@ -189,6 +187,15 @@ class Graph:
             name=name, stage="quantize", inputs=inputs, outputs=tuple(outputs), data=data, options=shared,
             targets=targets, needs=Needs(disk=disk, memory=memory, seconds=self._seconds(outputs)),
         )  # fmt: skip
+
+    def _packed(self, target: Target, dense: str) -> Mapping[str, str]:
+        """What has a target's packed bytes already, for all that did not change since it was dequantized."""
+        if matches(target, self._source):
+            return {"source": "source", "upcast": "dense"}
+        base = BASE_TARGETS.get(self._base)
+        if base and same_options(target, base) and dense == "tuned" and "dequantized" in self._fingerprints:
+            return {"base": base.variant, "dequantized": "dequantized"}
+        return {}
 
     def _evaluate(self, result: str) -> Step:
         evaluate, data = self._recipe.evaluate, self._recipe.evaluation_data

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.sizes import Sizes
@@ -82,6 +82,16 @@ def keep(
         for donor in parts[:1]:
             modules |= dict.fromkeys(sorted(unit & unchanged[donor.reference]), donor)
     return Kept(wanted=wanted, modules=modules)
+
+
+def writable(target: Target, kept: Kept) -> Kept:
+    """What the writer of a target keeps of `kept`.
+
+    gptqmodel rounds a whole model or nothing of it: it moves AWQ's scales where it likes, and packs what it rounded.
+    """
+    if kept.described_by or isinstance(target, BitsAndBytesTarget):
+        return kept
+    return replace(kept, modules={})
 
 
 def packable(target: Target, shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:

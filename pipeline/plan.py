@@ -6,6 +6,7 @@ outputs nobody needs any more is not repeated.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pipeline import donors
@@ -14,12 +15,16 @@ from pipeline.catalog import Format, format_of
 from pipeline.checkpoint import Checkpoint
 from pipeline.digests import DigestCache
 from pipeline.graph import Graph
-from pipeline.kept import Donor, keep
+from pipeline.kept import Donor, keep, writable
+from pipeline.manifest import Manifest
 from pipeline.model_task import own_labels
 from pipeline.preflight import check, open_model
 from pipeline.recipe import Recipe
 from pipeline.sizes import Sizes, dense_sizes
 from pipeline.steps import Planned, Step
+
+# A packed input of a quantize step → what it was dequantized to, by which its modules are known again.
+DEQUANTIZED = {"source": "upcast", "base": "dequantized"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +55,23 @@ class Plan:
     def donors(self, step: Step, output: Planned) -> tuple[Donor, ...]:
         """Where the packed bytes of a quantize step's output may come from."""
         target = next(target for target in step.targets if target.variant == output.variant)
-        upcast = self.made(step.inputs["upcast"]) if "upcast" in output.origin.parents else None
-        return donors.find(
-            self.store, target, output.origin, source=self.source, upcast=upcast.manifest if upcast else None,
-            refresh=self.recipe.calibration.refresh,
-        )  # fmt: skip
+        own = [
+            donors.of_source(target, name, source, upcast)
+            for name, source, upcast in self._dequantized(step)
+            if name in {step.inputs[role] for role in output.origin.parents}
+        ]
+        others = () if self.recipe.calibration.refresh else donors.earlier(self.store, target, output.origin)
+        return (*(donor for donor in own if donor), *others)
+
+    def _dequantized(self, step: Step) -> Iterator[tuple[str, Checkpoint, Manifest]]:
+        """The packed checkpoints that a step stands on: name, checkpoint, the manifest of what it was upcast to."""
+        for role, dense in DEQUANTIZED.items():
+            upcast = self.made(step.inputs[dense]) if role in step.inputs else None
+            if upcast is None:
+                continue
+            base = self.made(step.inputs[role])
+            if role == "source" or base:
+                yield step.inputs[role], Checkpoint.open(base.path) if base else self.source, upcast.manifest
 
     def copies(self, step: Step, output: Planned) -> int | None:
         """How many modules a quantize step's output would copy; None where that is not known before its parent is."""
@@ -66,7 +83,7 @@ class Plan:
             return 0
         target = next(target for target in step.targets if target.variant == output.variant)
         shapes = {name: info.shape for name, info in Checkpoint.open(parent.path).tensors.items()}
-        return len(keep(target, shapes, parent.manifest.tensors, found).modules)
+        return len(writable(target, keep(target, shapes, parent.manifest.tensors, found)).modules)
 
     @property
     def runs(self) -> bool:

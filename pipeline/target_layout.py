@@ -26,6 +26,11 @@ def matches(target: Target, source: Checkpoint) -> bool:
     return same_grid(target, source.quantization) and laid_out(target, source)
 
 
+def same_options(target: Target, base: BitsAndBytesTarget) -> bool:
+    """Whether a target asks for what `base` is, whatever their names."""
+    return isinstance(target, BitsAndBytesTarget) and _spelt_out(target) == _spelt_out(base)
+
+
 def same_grid(target: Target, quantization: Quantization | None) -> bool:
     """Whether a config says the format, layout, bits and groups of `target`, for every module alike.
 
@@ -62,6 +67,10 @@ def laid_out(target: Target, source: Checkpoint) -> bool:
             if found.dtype != dtype or shape not in {found.shape, _ANY}:
                 return False
     return True
+
+
+def _spelt_out(target: BitsAndBytesTarget) -> tuple[int, str, bool]:
+    return target.bits, target.type or "nf4", target.double_quant is not False
 
 
 def _same_bitsandbytes(target: BitsAndBytesTarget, raw: Mapping[str, Any]) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 from pipeline import child
 from pipeline.catalog import DENSE, format_to, require_libraries
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import UnsupportedFormat
-from pipeline.kept import Donor, Kept
+from pipeline.kept import Donor
 from pipeline.quantization import gptqmodel, kept_whole
 from pipeline.quantization.folder import Order, Written
 from pipeline.reloadable import check_reload
@@ -36,16 +35,6 @@ def check(dense: Checkpoint, targets: Iterable[Target]) -> None:
         require_libraries(format_to(target))
         check_reload(dense, sizes, target)
         check_target(sizes, target)
-
-
-def writable(target: Target, kept: Kept) -> Kept:
-    """What the writer of `target` keeps of `kept`.
-
-    gptqmodel rounds a whole model or nothing of it: it moves AWQ's scales where it likes, and packs what it rounded.
-    """
-    if kept.described_by or isinstance(target, BitsAndBytesTarget):
-        return kept
-    return replace(kept, modules={})
 
 
 def write(order: Order, described_by: Donor | None = None) -> Written:

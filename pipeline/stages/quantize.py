@@ -14,7 +14,7 @@ from pipeline import progress
 from pipeline.checkpoint import Checkpoint
 from pipeline.encoding import calibration_samples, load_tokenizer
 from pipeline.jobs import Job, Output
-from pipeline.kept import Kept, keep, made_from
+from pipeline.kept import Kept, keep, made_from, writable
 from pipeline.manifest import MANIFEST, Manifest
 from pipeline.quantization import writers
 from pipeline.quantization.folder import Order, Written
@@ -68,7 +68,7 @@ def _digests(parent: Checkpoint) -> Mapping[str, str]:
 
 def _kept(job: Job, target: Target, parent: Checkpoint, digests: Mapping[str, str]) -> Kept:
     shapes = {name: info.shape for name, info in parent.tensors.items()}
-    return writers.writable(target, keep(target, shapes, digests, job.donors.get(target.variant, ())))
+    return writable(target, keep(target, shapes, digests, job.donors.get(target.variant, ())))
 
 
 def _notes(target: Target, written: Written, kept: Kept, digests: Mapping[str, str]) -> dict[str, Any]:

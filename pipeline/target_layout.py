@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.catalog import format_to
 from pipeline.checkpoint import Checkpoint, Quantization
 from pipeline.dense_shapes import dense_shape
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, UnsupportedFormat
 from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target
 
 BLOCK, NESTED = 64, 256  # bitsandbytes: weights to an absmax, absmax to a nested one
@@ -24,6 +24,16 @@ Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # component → dtype and sh
 def matches(target: Target, source: Checkpoint) -> bool:
     """Whether the packed modules of `source` are what `target` asks for, by its config and by its headers."""
     return same_grid(target, source.quantization) and laid_out(target, source)
+
+
+def check_grid(target: Target, source: Checkpoint) -> None:
+    """Raise UnsupportedFormat where a target is to keep a grid that its source does not have."""
+    if isinstance(target, GPTQTarget | AWQTarget) and target.grid != "fresh" and not matches(target, source):
+        found = source.quantization.method if source.quantization else "dense"
+        raise UnsupportedFormat(
+            f"{target.variant}: grid {target.grid} needs a source that is packed as {target.format} with the same "
+            f"options, but {source.path} is {found if found != target.format else 'packed with others'}; leave grid out"
+        )
 
 
 def same_options(target: Target, base: BitsAndBytesTarget) -> bool:

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.target_layout import matches
-from pipeline.targets import parse_target
+from pipeline.errors import UnsupportedFormat
+from pipeline.target_layout import check_grid, matches, same_options
+from pipeline.targets import BASE_TARGETS, parse_target
 from tests.every_format import good
 
 FORMATS = ("gptq", "gptq desc_act", "gptq 3 bits", "awq", "nf4", "fp4", "int8", "gemv", "dense", "fp8")
@@ -47,6 +48,42 @@ def test_a_source_matches_the_target_that_asks_for_it_and_no_other(folders, name
 )
 def test_another_option_is_another_grid(folders, name, text):
     assert not matches(parse_target(text), Checkpoint.open(folders[name]))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("dense", "gptq:grid=keep", "gptq-4bit: grid keep needs a source that is packed as gptq.*dense is dense"),
+        ("awq", "gptq:grid=better", "is awq; leave grid out"),
+        ("gptq", "gptq:group_size=64,grid=keep", "is packed with others; leave grid out"),
+        ("gptq", "gptq:grid=keep", ""),
+        ("awq", "awq:grid=better", ""),
+        ("dense", "awq", ""),
+        ("dense", "nf4", ""),
+    ],
+)
+def test_a_grid_is_kept_only_where_the_source_has_it(folders, name, text, said):
+    source = Checkpoint.open(folders[name])
+    if not said:
+        check_grid(parse_target(text), source)
+        return
+    with pytest.raises(UnsupportedFormat, match=said):
+        check_grid(parse_target(text), source)
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("nf4", True),
+        ("nf4:double_quant=true", True),
+        ("nf4:type=nf4", True),
+        ("fp4", False),
+        ("nf4:double_quant=false", False),
+        ("gptq", False),
+    ],
+)
+def test_an_option_left_out_is_its_default(text, same):
+    assert same_options(parse_target(text), BASE_TARGETS["nf4"]) is same
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,8 @@ def write_folder(
     assert not (scaled and order.kept), "what was scaled for one folder does not fit beside another's"
     sources = dict(_sources(parent, made, packed, scaled=scaled))
     _check_complete(parent, made, row, set(sources))
-    order.out.mkdir(parents=True)
     copies = Copies(order.kept, row)
+    order.out.mkdir(parents=True)
     shapes = {name: copies.shapes.get(name, (dtype, shape)) for name, (_, dtype, shape) in sources.items()}
     with ShardReader(parent) as dense, ShardReader(made) as library, ShardWriter(order.out, shapes) as writer:
         for name, (from_library, dtype, _) in sources.items():

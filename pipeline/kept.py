@@ -51,13 +51,6 @@ class Kept:
         return next((donor for donor in donors.values() if donor.packed.keys() == self.wanted), None)
 
     @property
-    def unfolded(self) -> frozenset[str]:
-        """The layers in which no scale may move any more: a module of theirs is kept as it stands by itself."""
-        return frozenset(
-            layer for module, donor in self.modules.items() if not donor.folded and (layer := layer_of(module))
-        )
-
-    @property
     def counted(self) -> dict[str, int]:
         """Donor's reference → how many modules it gives."""
         return dict(Counter(donor.reference for donor in self.modules.values()))
@@ -92,6 +85,12 @@ def writable(target: Target, kept: Kept) -> Kept:
     if kept.described_by or isinstance(target, BitsAndBytesTarget):
         return kept
     return replace(kept, modules={})
+
+
+def unfolded(modules: Mapping[str, Donor]) -> frozenset[str]:
+    """The layers in which AWQ may move no scales: a module of theirs is kept as it stands by itself."""
+    layers = {layer_of(module) for module, donor in modules.items() if not donor.folded}
+    return frozenset(layer for layer in layers if layer)
 
 
 def packable(target: Target, shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.synthetic import PACKERS, Size, write
 from flows.tables import plan_rows
-from pipeline import child
+from pipeline import child, donors
 from pipeline.artifacts import Artifact
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import ReloadMismatch
@@ -22,6 +23,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.quantization import bitsandbytes
 from pipeline.quantization.folder import Order, write_folder
 from pipeline.recipe import parse_recipe
+from pipeline.targets import parse_target
 from tests.checkpoints import tiny_llama
 
 SMALL = Size(hidden=256, intermediate=256, vocabulary=256, layers=2)  # a fourth of it, 64, is the least that AWQ packs
@@ -134,6 +136,33 @@ def test_a_packed_source_that_changed_since_its_upcast_is_not_copied(tmp_path, r
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ReloadMismatch, match=rf"{Q_PROJ}: its packed tensors in .*source.* restore that folder"):
         run_step(plan, plan.steps[1], isolated=False)
+
+
+def test_a_weight_that_was_divided_after_it_was_packed_is_no_longer_what_its_codes_say(tmp_path):
+    """AWQ's scaled activations are divided out of the weight behind them, which then belongs to no packed bytes."""
+    write(tmp_path / "source", "awq", SMALL)
+    tensors = {f"{module}.weight": module for module in (Q_PROJ, DOWN)}
+    notes = {"packed": {Q_PROJ: "q", DOWN: "d"}, "dropped": {"act.scales": f"divided out of {DOWN}.weight"}}
+    upcast = SimpleNamespace(notes=notes, tensors=tensors)
+    found = donors.of_source(parse_target("awq"), "source", Checkpoint.open(tmp_path / "source"), upcast)
+    assert found is not None
+    assert found.made_from == {f"{Q_PROJ}.weight": Q_PROJ}
+    without = SimpleNamespace(notes={}, tensors=tensors)  # an upcast from before packed bytes were noted
+    old = donors.of_source(parse_target("awq"), "source", Checkpoint.open(tmp_path / "source"), without)
+    assert old is not None
+    assert not old.packed
+
+
+def test_a_bitsandbytes_source_that_was_told_nothing_left_dense_what_any_writer_leaves(tmp_path):
+    write(tmp_path / "source", "nf4", SMALL)
+    upcast = SimpleNamespace(notes={"packed": {Q_PROJ: "q"}}, tensors={})
+    spared = donors.of_source(parse_target("nf4"), "source", Checkpoint.open(tmp_path / "source"), upcast).spared
+    assert {"lm_head", "model.embed_tokens", "model.norm"} <= spared
+    path = tmp_path / "source" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["llm_int8_skip_modules"] = [DOWN]
+    path.write_text(json.dumps(config))
+    assert not donors.of_source(parse_target("nf4"), "source", Checkpoint.open(tmp_path / "source"), upcast).spared
 
 
 def test_a_new_head_rewrites_no_backbone_tensor_and_a_new_weight_its_own_module(tmp_path, rows, calls):

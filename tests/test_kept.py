@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.kept import Donor, Kept, keep, layer_of, made_from, packable, writable
+from pipeline.kept import Donor, Kept, keep, layer_of, made_from, packable, unfolded, writable
 from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget
 
 GPTQ, AWQ, NF4 = GPTQTarget(format="gptq"), AWQTarget(format="awq"), BitsAndBytesTarget(format="bitsandbytes")
@@ -63,7 +63,7 @@ def test_the_first_donor_that_has_a_module_gives_it():
 def test_anything_that_changed_in_a_layer_costs_the_folded_layer(tensor):
     kept = keep(AWQ, SHAPES, changed(tensor), [donor("bot/awq@v0001", folded=True)])
     assert set(kept.modules) == set(MODULES[2:])
-    assert not kept.unfolded
+    assert not unfolded(kept.modules)
 
 
 def test_a_layer_with_another_bias_is_another_layer():
@@ -74,7 +74,7 @@ def test_a_layer_with_another_bias_is_another_layer():
 def test_modules_of_the_packed_source_are_kept_singly_and_their_layers_fold_no_more():
     kept = keep(AWQ, SHAPES, changed(f"{MODULES[0]}.weight", NORMS[1]), [donor("source")])
     assert set(kept.modules) == set(MODULES[1:])
-    assert kept.unfolded == {"model.layers.0", "model.layers.1"}
+    assert unfolded(kept.modules) == {"model.layers.0", "model.layers.1"}
 
 
 def test_a_whole_folded_layer_goes_before_a_part_of_the_source():
@@ -83,7 +83,7 @@ def test_a_whole_folded_layer_goes_before_a_part_of_the_source():
     donors = [donor("source", but=(then,)), donor("earlier", folded=True)]
     kept = keep(AWQ, SHAPES, DENSE, donors)
     assert names(kept) == {**dict.fromkeys(MODULES[:2], "earlier"), **dict.fromkeys(MODULES[2:], "source")}
-    assert kept.unfolded == {"model.layers.1"}
+    assert unfolded(kept.modules) == {"model.layers.1"}
 
 
 def test_a_folded_layer_that_packed_more_than_is_wanted_is_not_taken():

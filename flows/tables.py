@@ -23,6 +23,7 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
                     "makes": output.variant,
                     "status": status,
                     "why": output.reason,
+                    "copied_modules": plan.copies(step, output),
                     "disk_bytes": step.needs.disk if output.pending else 0,
                     "memory_bytes": step.needs.memory if output.pending else 0,
                     "seconds_last_time": step.needs.seconds,

@@ -118,7 +118,7 @@ def show_plan(rows: Sequence[Mapping[str, Any]]) -> None:
             "stage": row["stage"],
             "makes": row["makes"],
             "status": row["status"],
-            "why": row["why"],
+            "why": f"{row['why']}; copies {row['copied_modules']} modules" if row["copied_modules"] else row["why"],
             "disk": size(row["disk_bytes"]) if row["status"] == "run" else "",
             "memory": size(row["memory_bytes"]) if row["status"] == "run" else "",
             "last time": duration(row["seconds_last_time"]) if row["status"] == "run" else "",

@@ -66,6 +66,10 @@ class Store:
             raise RecipeError(f"store: {location} is a file; name a folder")
         return Store(root.resolve())
 
+    def variants(self) -> list[Path]:
+        """The folder of each variant of each name."""
+        return [variant for name in _folders(self.root) for variant in _folders(name)]
+
     def versions(self, name: str, variant: str) -> list[Path]:
         """The version folders of a variant, oldest first."""
         folder = self.root / name / variant
@@ -97,7 +101,7 @@ class Store:
         name, variant, which = match["name"], match["variant"], match["which"]
         versions = {path.name: path for path in self.versions(name, variant)}
         if not versions:
-            known = ", ".join(f"{folder.parent.name}/{folder.name}" for folder in self._variants()) or "nothing"
+            known = ", ".join(f"{folder.parent.name}/{folder.name}" for folder in self.variants()) or "nothing"
             raise NotInStore(f"{reference}: the store {self.root} holds no {name}/{variant}; it holds {known}")
         aliases = self.aliases(name, variant)
         version = list(versions)[-1] if which is None else aliases.get(which, which)
@@ -180,9 +184,6 @@ class Store:
         self.private.mkdir(parents=True, exist_ok=True)
         with _locked(self.private / "lock"):
             yield
-
-    def _variants(self) -> list[Path]:
-        return [variant for name in _folders(self.root) for variant in _folders(name)]
 
     def _link_blobs(self, folder: Path, content: Content) -> None:
         for relative, file in content.files.items():

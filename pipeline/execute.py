@@ -83,7 +83,7 @@ def work(task: Work) -> dict[str, str]:
             name=task.name,
             variant=variant,
             origin=task.origins[variant],
-            parents=task.parents,
+            parents={role: task.parents[role] for role in task.origins[variant].parents},
             metrics={**output.metrics, "seconds": round(time.monotonic() - started, 3)},
             notes=output.notes,
         )
@@ -115,13 +115,15 @@ def _task(plan: Plan, step: Step, workspace: Path) -> Work:
     origins = {output.variant: output.origin for output in step.pending if plan.artifact(output) is None}
     inputs: dict[str, Path] = {}
     parents: dict[str, dict[str, str]] = {}
-    for role, parent in step.inputs.items():
+    needed = {role for origin in origins.values() for role in origin.parents}
+    for role, parent in ((role, parent) for role, parent in step.inputs.items() if role in needed):
         if parent == "source":
             digest = plan.source_digest
             inputs[role] = plan.source.path.absolute()  # a link of the hub leads to a blob without a suffix
             parents[role] = {"reference": plan.recipe.source, "fingerprint": digest, "digest": digest}
             continue
-        artifact = _parent(plan, parent)
+        artifact = plan.made(parent)
+        assert artifact, f"{parent} is needed before it was made"
         inputs[role] = artifact.path
         manifest = artifact.manifest
         parents[role] = {
@@ -138,6 +140,7 @@ def _task(plan: Plan, step: Step, workspace: Path) -> Work:
         logs=plan.store.root / LOGS / name / workspace.name,
         launcher=_launcher(plan.recipe.train.launcher),
         data=step.data,
+        donors={output.variant: plan.donors(step, output) for output in step.pending if step.targets},
         trust_remote_code=plan.recipe.trust_remote_code,
     )
     only = step.outputs[0].variant if len(step.outputs) == 1 else None
@@ -149,13 +152,3 @@ def _task(plan: Plan, step: Step, workspace: Path) -> Work:
 def _launcher(given: Launcher) -> Launcher:
     """The same, by a path that holds wherever the child is."""
     return given.model_copy(update={"config": str(Path(given.config).absolute())}) if given.config else given
-
-
-def _parent(plan: Plan, variant: str) -> Artifact:
-    for step in plan.steps:
-        for output in step.outputs:
-            if output.variant == variant:
-                artifact = plan.artifact(output)
-                assert artifact, f"{variant} is needed before it was made"
-                return artifact
-    raise AssertionError(variant)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import Store
+from pipeline.checkpoint import Checkpoint
 from pipeline.data_sources import localised, located
 from pipeline.digests import DigestCache
 from pipeline.manifest import Origin
@@ -19,6 +20,7 @@ from pipeline.recipe import Recipe
 from pipeline.sections import LABELLED, Data, Kind
 from pipeline.sizes import Sizes
 from pipeline.steps import Needs, Planned, Step
+from pipeline.target_layout import matches, same_options
 from pipeline.targets import BASE_TARGETS, Target
 
 # Raised when the same options give other bytes.
@@ -36,20 +38,20 @@ TRAINED = {"lora": "adapter", "head": "head", "projector": "projector", "full": 
 class Graph:
     """Lays out steps; each knows the origins of those before it.
 
-    `kind` is what the training rows are. `quantized` says whether the source is, `classifier` whether it has a trained
-    head for such rows, so that it can be judged beside what becomes of it.
+    `kind` is what the training rows are. `classifier` says whether the source has a trained head for such rows, so that
+    it can be judged beside what becomes of it.
     """
 
     def __init__(
-        self, recipe: Recipe, store: Store, sizes: Sizes, source_digest: str, cache: DigestCache, *,
-        kind: Kind | None, quantized: bool, classifier: bool,
+        self, recipe: Recipe, store: Store, sizes: Sizes, source: Checkpoint, source_digest: str, cache: DigestCache,
+        *, kind: Kind | None, classifier: bool,
     ) -> None:  # fmt: skip
         self._recipe, self._store, self._sizes, self._cache = recipe, store, sizes, cache
-        self._kind, self._classifier = kind, classifier
+        self._source, self._kind, self._classifier = source, kind, classifier
         self._places: dict[tuple[str, str], str] = {}
         self._fingerprints = {"source": source_digest}
         given = recipe.train.base
-        self._base = "dense" if given == "source" and not quantized else given
+        self._base = "dense" if given == "source" and source.quantization is None else given
 
     def steps(self, until: str) -> Iterator[Step]:
         """Every step in order; `until` is the last stage."""
@@ -171,18 +173,29 @@ class Graph:
         }
         calibrated = {target.variant for target in targets if target.calibrated}
         data = {"calibration": self._here(recipe.calibration_data)} if calibrated else {}
-        outputs = []
+        inputs, outputs = {"dense": dense}, []
         for target in targets:
             known = target.variant in calibrated
             options = {"target": target.model_dump(exclude={"name"}), **(shared if known else {})}
-            outputs.append(self._planned("quantize", {"dense": dense}, target.variant, options, data if known else {}))
+            own = {"dense": dense, **self._packed(target, dense)}
+            outputs.append(self._planned("quantize", own, target.variant, options, data if known else {}))
+            inputs |= own
         # The tool writes its own folder first, from which the artifact is made.
         disk = 2 * sum(self._sizes.quantized_bytes(target, dtype) for target in targets)
         memory = RUNTIME_BYTES + 2 * self._sizes.dense_bytes(dtype)
         return Step(
-            name=name, stage="quantize", inputs={"dense": dense}, outputs=tuple(outputs), data=data, options=shared,
+            name=name, stage="quantize", inputs=inputs, outputs=tuple(outputs), data=data, options=shared,
             targets=targets, needs=Needs(disk=disk, memory=memory, seconds=self._seconds(outputs)),
         )  # fmt: skip
+
+    def _packed(self, target: Target, dense: str) -> Mapping[str, str]:
+        """What has a target's packed bytes already, for all that did not change since it was dequantized."""
+        if matches(target, self._source):
+            return {"source": "source", "upcast": "dense"}
+        base = BASE_TARGETS.get(self._base)
+        if base and same_options(target, base) and dense == "tuned" and "dequantized" in self._fingerprints:
+            return {"base": base.variant, "dequantized": "dequantized"}
+        return {}
 
     def _evaluate(self, result: str) -> Step:
         evaluate, data = self._recipe.evaluate, self._recipe.evaluation_data

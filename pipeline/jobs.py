@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.kept import Donor
 from pipeline.sections import Data, Launcher
 
 
@@ -19,7 +20,7 @@ class Job:
     `options` are the plain values that change the result. `workspace` is a folder of the stage's own that outlives a
     kill: a rerun of the same job finds there what the last one left. `cache` is where features of frozen backbones are
     kept for any later job, `logs` where TensorBoard reads; without them both go into the workspace. `launcher` says how
-    many processes train together.
+    many processes train together. `donors` maps a variant to the folders that its packed bytes may come from.
     """
 
     inputs: Mapping[str, Path]
@@ -29,6 +30,7 @@ class Job:
     logs: Path | None = None
     launcher: Launcher = field(default_factory=Launcher)
     data: Mapping[str, Data] = field(default_factory=dict)
+    donors: Mapping[str, tuple[Donor, ...]] = field(default_factory=dict)
     trust_remote_code: bool = False
 
 

@@ -6,18 +6,25 @@ outputs nobody needs any more is not repeated.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from pipeline import donors
 from pipeline.artifacts import Artifact, Store
 from pipeline.catalog import Format, format_of
 from pipeline.checkpoint import Checkpoint
 from pipeline.digests import DigestCache
 from pipeline.graph import Graph
+from pipeline.kept import Donor, keep, writable
+from pipeline.manifest import Manifest
 from pipeline.model_task import own_labels
 from pipeline.preflight import check, open_model
 from pipeline.recipe import Recipe
 from pipeline.sizes import Sizes, dense_sizes
 from pipeline.steps import Planned, Step
+
+# A packed input of a quantize step → what it was dequantized to, by which its modules are known again.
+DEQUANTIZED = {"source": "upcast", "base": "dequantized"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +47,44 @@ class Plan:
         """What the store holds of an output: known since planning, or made since."""
         return output.artifact or self.store.find(self.recipe.name, output.variant, output.origin.fingerprint)
 
+    def made(self, variant: str) -> Artifact | None:
+        """What the store holds of a variant that one of the steps makes."""
+        outputs = [output for step in self.steps for output in step.outputs if output.variant == variant]
+        return self.artifact(outputs[0]) if outputs else None
+
+    def donors(self, step: Step, output: Planned) -> tuple[Donor, ...]:
+        """Where the packed bytes of a quantize step's output may come from."""
+        target = next(target for target in step.targets if target.variant == output.variant)
+        own = [
+            donors.of_source(target, name, source, upcast)
+            for name, source, upcast in self._dequantized(step)
+            if name in {step.inputs[role] for role in output.origin.parents}
+        ]
+        others = () if self.recipe.calibration.refresh else donors.earlier(self.store, target, output.origin)
+        return (*(donor for donor in own if donor), *others)
+
+    def _dequantized(self, step: Step) -> Iterator[tuple[str, Checkpoint, Manifest]]:
+        """The packed checkpoints that a step stands on: name, checkpoint, the manifest of what it was upcast to."""
+        for role, dense in DEQUANTIZED.items():
+            upcast = self.made(step.inputs[dense]) if role in step.inputs else None
+            if upcast is None:
+                continue
+            base = self.made(step.inputs[role])
+            if role == "source" or base:
+                yield step.inputs[role], Checkpoint.open(base.path) if base else self.source, upcast.manifest
+
+    def copies(self, step: Step, output: Planned) -> int | None:
+        """How many modules a quantize step's output would copy; None where that is not known before its parent is."""
+        parent = self.made(step.inputs["dense"]) if step.targets and output.pending else None
+        if parent is None:
+            return None
+        found = self.donors(step, output)
+        if not found:
+            return 0
+        target = next(target for target in step.targets if target.variant == output.variant)
+        shapes = {name: info.shape for name, info in Checkpoint.open(parent.path).tensors.items()}
+        return len(writable(target, keep(target, shapes, parent.manifest.tensors, found)).modules)
+
     @property
     def runs(self) -> bool:
         """Whether any step must run."""
@@ -59,9 +104,8 @@ def make_plan(recipe: Recipe, *, until: str = "evaluate") -> Plan:
     cache = DigestCache()
     digest = cache.files(source.folder, source.files)
     graph = Graph(
-        recipe, store, sizes, digest, cache,
-        kind=kind, quantized=source.quantization is not None,
-        classifier=bool(kind and own_labels(source.config, kind)),
+        recipe, store, sizes, source, digest, cache,
+        kind=kind, classifier=bool(kind and own_labels(source.config, kind)),
     )  # fmt: skip
     steps = list(graph.steps(until))
     cache.save()
@@ -83,7 +127,7 @@ def _demanded(steps: list[Step]) -> tuple[Step, ...]:
             else replace(output, needed=False, reason="not needed: what follows is in the store")
             for output in step.outputs
         )
-        if any(output.pending for output in outputs):
-            wanted |= set(step.inputs.values())
+        # Of a step's inputs, those that the outputs to be made stand on.
+        wanted |= {step.inputs[role] for output in outputs if output.pending for role in output.origin.parents}
         marked.append(replace(step, outputs=outputs))
     return tuple(reversed(marked))

@@ -18,6 +18,7 @@ from pipeline.rows import check_rows, lacks_chat_template
 from pipeline.sections import Kind
 from pipeline.sizes import Sizes, check_target
 from pipeline.sources import open_source
+from pipeline.target_layout import check_grid
 
 ROWS_CHECKED = 1000  # the plan looks at the first rows; the stage at all of them
 
@@ -41,6 +42,7 @@ def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> Kind | None:
         require_libraries(format_to(target))
         check_reload(source, sizes, target)
         check_target(sizes, target)
+        check_grid(target, source)
     if recipe.train.method != "none":
         check_arguments(recipe.train.arguments, recipe.train.lora, launched=recipe.train.launcher.several)
         check_training(recipe, source)

@@ -187,6 +187,9 @@ class Calibration(Section):
     """Sequences of tokens."""
     sequence_length: Annotated[int, Field(ge=16)] = 512
     """Tokens in a sample."""
+    refresh: bool = False
+    """Whether modules are rounded anew that an earlier artifact holds, made of the same weights with the same options;
+    otherwise they are copied from it, whatever it was calibrated on."""
 
 
 class Bounds(Section):

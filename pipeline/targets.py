@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from pipeline.errors import RecipeError
 
+Grid = Literal["fresh", "keep", "better"]
+
 
 class Section(BaseModel):
     """A frozen part of the recipe that names the nearest valid key when it meets an unknown one."""
@@ -87,8 +89,11 @@ class GPTQTarget(_Target):
     """`nearest` rounds each weight by itself: no calibration, the floor to compare with."""
     sequential: bool = False
     """Whether a layer is calibrated on what the quantized layers before it give: one pass more."""
+    grid: Grid = "fresh"
+    """Where the source was packed on such a grid: `keep` rounds a changed module on its stored scales and zero points,
+    `better` takes whichever of both has the smaller error of the layer's output."""
     engine: Literal["requant", "gptqmodel"] = "requant"
-    """Who rounds; gptqmodel knows neither static_groups, mse, rounding nor sequential."""
+    """Who rounds; gptqmodel knows neither static_groups, mse, rounding, sequential nor grid."""
 
     @property
     def calibrated(self) -> bool:
@@ -99,6 +104,7 @@ class GPTQTarget(_Target):
     def _options_of_the_engine(self) -> GPTQTarget:
         own = [name for name in ("static_groups", "mse", "sequential") if getattr(self, name)]
         own += ["rounding"] if self.rounding != "gptq" else []
+        own += ["grid"] if self.grid != "fresh" else []
         if self.engine == "gptqmodel" and own:
             raise ValueError(f"engine gptqmodel has no {own[0]}; leave it out, or use engine requant")
         if self.rounding == "nearest" and (
@@ -122,8 +128,11 @@ class AWQTarget(_Target):
     """Weights that share a scale and a zero point."""
     clip: bool = True
     """Whether each group's range is searched for the least error of the layer's output."""
+    grid: Grid = "fresh"
+    """Where the source was packed on such a grid: `keep` rounds a changed module on its stored scales and zero points,
+    `better` takes whichever of both has the smaller error of the layer's output."""
     engine: Literal["requant", "gptqmodel"] = "requant"
-    """Who searches and rounds; gptqmodel always clips."""
+    """Who searches and rounds; gptqmodel always clips and knows no grid."""
 
     @property
     def calibrated(self) -> bool:
@@ -131,9 +140,11 @@ class AWQTarget(_Target):
         return True
 
     @model_validator(mode="after")
-    def _gptqmodel_clips(self) -> AWQTarget:
+    def _options_of_the_engine(self) -> AWQTarget:
         if self.engine == "gptqmodel" and not self.clip:
             raise ValueError("engine gptqmodel always clips; leave clip out, or use engine requant")
+        if self.engine == "gptqmodel" and self.grid != "fresh":
+            raise ValueError("engine gptqmodel has no grid; leave it out, or use engine requant")
         return self
 
     def _default_name(self) -> str:
@@ -147,6 +158,12 @@ BASE_TARGETS: Mapping[str, BitsAndBytesTarget] = {
     "nf4": BitsAndBytesTarget(format="bitsandbytes", type="nf4", name="base-nf4"),
     "int8": BitsAndBytesTarget(format="bitsandbytes", bits=8, name="base-int8"),
 }
+
+
+def is_own(target: Target) -> bool:
+    """Whether Requant's own engine makes it, in one pass with all others of its kind."""
+    return isinstance(target, GPTQTarget | AWQTarget) and target.engine == "requant"
+
 
 _ADAPTER: TypeAdapter[Target] = TypeAdapter(Target)
 SHORT: dict[str, dict[str, Any]] = {

@@ -120,6 +120,32 @@ def test_a_head_is_joined_to_dense_weights_where_they_are_quantized_afterwards(r
     ]
 
 
+def test_a_target_on_the_sources_own_grid_stands_on_the_source_and_its_upcast_too(root):
+    targets = "quantize=[{{format: gptq}}, {{format: gptq, group_size: 64, name: other}}, {{format: bitsandbytes}}]"
+    given = ("train.base=source", targets, "calibration.sequence_length=16")
+    plan = planned(root, "gptq", *given)
+    assert "quantize: tuned, source, dense → gptq-4bit, other, nf4" in shape(plan)
+    step = plan.step("quantize")
+    assert step is not None
+    assert [set(output.origin.parents) for output in step.outputs] == [
+        {"dense", "source", "upcast"}, {"dense"}, {"dense"}
+    ]  # fmt: skip
+    refreshed = planned(root, "gptq", *given, "calibration.refresh=true").step("quantize")
+    assert refreshed is not None
+    assert refreshed.outputs == step.outputs
+
+
+def test_weights_merged_into_a_dequantized_base_may_keep_its_packed_bytes(root):
+    targets = "quantize=[{{format: bitsandbytes, type: nf4}}, {{format: bitsandbytes, bits: 8}}]"
+    step = planned(root, "dense", "train.base=nf4", targets).step("quantize")
+    assert step is not None
+    assert step.inputs == {"dense": "tuned", "base": "base-nf4", "dequantized": "dequantized"}
+    assert [set(output.origin.parents) for output in step.outputs] == [{"dense", "base", "dequantized"}, {"dense"}]
+    original = planned(root, "dense", "train.base=nf4", "train.merge_base=original", targets).step("quantize")
+    assert original is not None
+    assert original.inputs == {"dense": "tuned"}
+
+
 def test_the_parts_of_the_data_are_parts_of_the_identity(root):
     plan = planned(root, "dense", "train.data.held_out=0.3", "evaluate.data=held_out")
     train, evaluate = plan.step("train"), plan.step("evaluate")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from flows.tables import plan_rows
 from pipeline import graph
 from pipeline.errors import (
     CheckpointError,
@@ -23,6 +25,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.recipe import parse_recipe
 from pipeline.steps import Step
 from tests.checkpoints import tiny_llama
+from tests.every_format import good
 
 RECIPE = """
 schema: 1
@@ -225,6 +228,7 @@ def test_paths_and_the_machine_are_no_part_of_the_identity(root, tmp_path):
     [
         ("source=/nowhere/at/all", CheckpointError, "no such folder"),
         ("quantize.1.group_size=512", UnsupportedFormat, "group_size 512 does not divide the"),
+        ("quantize.1.grid=keep", UnsupportedFormat, "grid keep needs a source that is packed as gptq"),
         ("train.data=/nowhere.jsonl", DataError, "/nowhere.jsonl"),
         ("train.arguments.lerning_rate=1", RecipeError, "learning_rate"),
         ("train.arguments.output_dir=x", RecipeError, "output_dir"),
@@ -269,6 +273,30 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(root, monk
 
 def test_every_step_has_a_version(root):
     assert {step.stage for step in planned(root).steps} <= graph.STAGE_VERSIONS.keys()
+
+
+def test_what_would_be_copied_is_known_once_the_parent_is_made(root, tmp_path):
+    plan = planned(root, f"store={tmp_path / 's'}", "train.method=none")
+    assert {row["makes"]: row["copied_modules"] for row in plan_rows(plan)} == {
+        "dense": None, "nf4": None, "gptq-4bit": None, "evaluation": None
+    }  # fmt: skip
+    commit_all(plan, without={"nf4", "gptq-4bit", "evaluation"})
+    plan = planned(root, f"store={tmp_path / 's'}", "train.method=none")
+    assert {row["makes"]: row["copied_modules"] for row in plan_rows(plan)} == {
+        "dense": None, "nf4": 0, "gptq-4bit": 0, "evaluation": None
+    }  # fmt: skip
+
+
+def test_an_input_is_made_again_for_those_outputs_that_stand_on_it_and_no_others(root, tmp_path):
+    source = good(tmp_path / "gptq", "gptq")
+    given = (f"store={tmp_path / 's'}", f"source={source}", "train.method=full", "calibration.sequence_length=16")
+    targets = "quantize=[{format: gptq}, {format: bitsandbytes}]"
+    commit_all(planned(root, *given, targets), without={"dense", "nf4"})
+    assert statuses(planned(root, *given, targets)) == {
+        "dense": "not needed", "tuned": "reused", "gptq-4bit": "reused", "nf4": "run", "evaluation": "reused"
+    }  # fmt: skip
+    shutil.rmtree(tmp_path / "s" / "bot" / "gptq-4bit")
+    assert statuses(planned(root, *given, targets))["dense"] == "run"
 
 
 def test_errors_of_the_plan_are_the_users(root):

@@ -94,10 +94,18 @@ def test_a_target_has_a_short_form(text: str, variant: str):
     assert parse_target(text).variant == variant
 
 
-@pytest.mark.parametrize("text", ["gptq:bits", "gptq:bits=5", "zip", "nf4:bits=8"])
+@pytest.mark.parametrize("text", ["gptq:bits", "gptq:bits=5", "zip", "nf4:bits=8", "gptq:grid=old", "nf4:grid=keep"])
 def test_a_wrong_target_is_one_sentence(text: str):
     with pytest.raises(RecipeError, match="--to"):
         parse_target(text)
+
+
+@pytest.mark.parametrize("format_", ["gptq", "awq"])
+@pytest.mark.parametrize("grid", ["keep", "better"])
+def test_only_our_own_engine_keeps_a_grid(format_: str, grid: str):
+    assert parse_target(f"{format_}:grid={grid}").grid == grid
+    with pytest.raises(RecipeError, match="engine gptqmodel has no grid; leave it out, or use engine requant"):
+        parse_target(f"{format_}:grid={grid},engine=gptqmodel")
 
 
 @pytest.mark.parametrize(("said", "expected"), [("500MB", 500_000_000), ("2.5 GB", 2_500_000_000), ("5GB", 5 * 10**9)])

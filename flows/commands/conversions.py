@@ -18,6 +18,7 @@ from pipeline.reloadable import check_reload
 from pipeline.rows import check_rows
 from pipeline.sections import Data, Dtype, Upcast
 from pipeline.sizes import check_target, dense_sizes
+from pipeline.target_layout import check_grid
 from pipeline.targets import Target, parse_target
 
 
@@ -134,6 +135,7 @@ def quantize(
         require_libraries(format_to(target))
         check_reload(source, sizes, target)
         check_target(sizes, target)
+        check_grid(target, source)
     options = {
         "targets": [target.model_dump() for target in targets], "seed": seed,
         "calibration": {"samples": samples, "sequence_length": sequence_length},

@@ -87,7 +87,8 @@ class Pass:
 
     `spill` is the folder for activations that are too large for memory. With `replace` (sequential calibration) it is
     called for each layer before the layer's outputs are computed, and may give its modules other weights: what follows
-    is then calibrated on what these give. `state` is where an earlier pass of the same samples was left.
+    is then calibrated on what these give. `state` is where an earlier pass of the same samples was left. `asked` names
+    the layers that are wanted, all where it is None: the others are run, those after the last not even that.
     """
 
     def __init__(
@@ -98,8 +99,10 @@ class Pass:
         spill: Path,
         replace: Callable[[Passed], None] | None = None,
         state: State | None = None,
+        asked: frozenset[str] | None = None,
     ) -> None:
         self._streamed, self._spill, self._replace, self._state = streamed, spill, replace, state
+        self._asked = frozenset(streamed.layers) if asked is None else asked
         self._batches = [
             {name: tensor.to(streamed.device) for name, tensor in batch.items()} for batch in batches_of(samples)
         ]
@@ -107,10 +110,15 @@ class Pass:
     def __iter__(self) -> Iterator[Passed]:
         """Every layer that is not passed yet, in the order in which the model runs them."""
         with torch.no_grad(), Strands(self._streamed.model, self._streamed.layers, self._batches) as strands:
-            done = self._skip(strands)
-            while (name := strands.waiting) is not None and done < len(self._streamed.layers):
+            left = set(self._asked) - set(skipped := self._skip(strands))
+            done = len(skipped)
+            while left and (name := strands.waiting) is not None:
                 with self._streamed.loaded(name) as module:
-                    yield self._through(strands, module, done)
+                    if name in left:
+                        yield self._through(strands, module, done)
+                    else:
+                        strands.advance()
+                left.discard(name)
                 done += 1
 
     def fits(self) -> bool:
@@ -121,12 +129,14 @@ class Pass:
             self._skip(strands)
             return _beside(strands.calls()) == self._state.beside
 
-    def _skip(self, strands: Strands) -> int:
-        """Answer for the layers that were passed before."""
+    def _skip(self, strands: Strands) -> list[str]:
+        """Answer for the layers that were passed before; return their names."""
+        skipped: list[str] = []
         if self._state is None:
-            return 0
+            return skipped
         state = self._state
         for index in range(state.done):
+            skipped.append(strands.waiting or "")
             last = index == state.done - 1
 
             def answer(call: Call, last: bool = last) -> Any:  # noqa: FBT001 - bound here
@@ -134,7 +144,7 @@ class Pass:
                 return (found,) if state.tupled else found
 
             strands.advance(answer)
-        return state.done
+        return skipped
 
     def _through(self, strands: Strands, module: nn.Module, index: int) -> Passed:
         """Let every batch pass the layer that they wait for."""

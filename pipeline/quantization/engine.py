@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -22,9 +23,9 @@ from pipeline.checkpoint import INDEX, Checkpoint
 from pipeline.digests import digest_value
 from pipeline.evaluation.load import device
 from pipeline.quantization.calibration import Pass, State, unasked
-from pipeline.quantization.folder import Order, Written, write_folder
+from pipeline.quantization.folder import Order, Written, scan, write_folder
 from pipeline.quantization.rounders import rounder_of
-from pipeline.quantization.streamed import Streamed
+from pipeline.quantization.streamed import Streamed, linears_of
 from pipeline.shards import ShardReader
 from pipeline.targets import GPTQTarget
 
@@ -38,7 +39,8 @@ def write(orders: Sequence[Order]) -> list[Written]:
     The same orders give the same bytes on the same kind of device, wherever an earlier run of them was killed. Sources:
     arXiv 2210.17323 (GPTQ) and 2306.00978 (AWQ). Raise what the pass and the algorithms raise, with the layer's name.
     """
-    parent = orders[0].check()
+    parent = orders[0].open()
+    scan(parent)
     for order in orders:
         _prepare(order, parent)
     with ShardReader(parent) as reader:
@@ -88,12 +90,15 @@ def _calibrate(orders: list[Order], parent: Checkpoint, streamed: Streamed) -> N
     rounders = [rounder_of(order, parent, streamed) for order in orders]
     variants = ", ".join(order.target.variant for order in orders)
     sequential = isinstance(orders[0].target, GPTQTarget) and orders[0].target.sequential
-    state = _state(saved, orders)
+    state = State.load(saved) if saved.exists() else None  # every order's files up to there were whole before it
     calibration = orders[0].calibration
-    going = Pass(streamed, calibration, spill=spill, state=state, replace=rounders[0].replace if sequential else None)
+    asked = frozenset(name for name in streamed.layers if any(_asks(order, streamed, name) for order in orders))
+    begin = partial(
+        Pass, streamed, calibration, spill=spill, replace=rounders[0].replace if sequential else None, asked=asked
+    )
+    going = begin(state=state)
     if not going.fits():
-        state = None
-        going = Pass(streamed, calibration, spill=spill, replace=rounders[0].replace if sequential else None)
+        state, going = None, begin()
     total = len(streamed.layers)
     progress.step("quantize", done=state.done if state else 0, total=total, unit=f"layers of {variants}")
     since = time.monotonic()
@@ -106,13 +111,12 @@ def _calibrate(orders: list[Order], parent: Checkpoint, streamed: Streamed) -> N
         progress.step("quantize", done=passed.index + 1, total=total, unit=f"layers of {variants}")
 
 
-def _state(saved: Path, orders: list[Order]) -> State | None:
-    """Where the last run was, if every order's files up to there are whole."""
-    if not saved.exists():
-        return None
-    state = State.load(saved)
-    whole = all(_piece(order, index).exists() for order in orders for index in range(state.done))
-    return state if whole else None
+def _asks(order: Order, streamed: Streamed, layer: str) -> bool:
+    """Whether a module of the layer is not kept."""
+    names = (f"{layer}.{name}.weight" for name in linears_of(streamed.layers[layer]))
+    return any(streamed.stored(name).removesuffix(".weight") not in order.kept for name in names)
+
+
 
 
 def _piece(order: Order, index: int) -> Path:

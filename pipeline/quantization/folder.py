@@ -10,9 +10,9 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,9 +22,13 @@ from pipeline.catalog import Format, format_to
 from pipeline.checkpoint import Checkpoint, copy_companions
 from pipeline.errors import NonFinite, ReloadMismatch
 from pipeline.formats.components import all_finite
+from pipeline.kept import Donor
+from pipeline.quantization.copies import Copies
 from pipeline.shard_writer import ShardWriter
 from pipeline.shards import DTYPES, ShardReader
 from pipeline.targets import Target
+
+TRAIN_AGAIN = "train again with a lower learning rate, or download it again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +37,8 @@ class Order:
 
     `dense` is the parent's folder, `out` the folder to make, `scratch` one for the library's own files: absolute
     paths; whatever is in the last two goes. `calibration` holds token ids, a tuple for each sample, and is empty where
-    the format needs none.
+    the format needs none. `kept` maps the modules whose packed bytes are copied to the donor that has them; where
+    these are all, `described_by` is the one whose config fits.
     """
 
     dense: Path
@@ -41,30 +46,31 @@ class Order:
     scratch: Path
     target: Target
     calibration: tuple[tuple[int, ...], ...] = ()
+    kept: Mapping[str, Donor] = field(default_factory=dict)
+    described_by: Donor | None = None
     seed: int = 0
     trust_remote_code: bool = False
 
-    def begin(self) -> Checkpoint:
-        """Empty `scratch`, remove `out`, and open the parent, checked."""
+    def clear(self) -> Checkpoint:
+        """Empty `scratch`, remove `out`, open the parent."""
         for folder in (self.out, self.scratch):
             if folder.exists():
                 shutil.rmtree(folder)
         self.scratch.mkdir(parents=True)
-        return self.check()
+        return self.open()
 
-    def check(self) -> Checkpoint:
-        """Open the parent.
-
-        Raise NonFinite where a weight of it is no number, CheckpointError where a projector beside it is another's.
-        """
-        parent = Checkpoint.open(self.dense)
+    def open(self) -> Checkpoint:
+        """The parent; raise CheckpointError where a projector beside it is another's."""
         if pairing.is_projected(self.dense):
             pairing.check(self.dense)
-        # The libraries pack a NaN without a word: it becomes a code like any other.
-        with ShardReader(parent) as reader:
-            for name in parent.tensors:
-                _finite(name, reader[name], remedy="train again with a lower learning rate, or download it again")
-        return parent
+        return Checkpoint.open(self.dense)
+
+
+def scan(parent: Checkpoint) -> None:
+    """Raise NonFinite where a weight is no number: libraries pack a NaN without a word, as a code like any other."""
+    with ShardReader(parent) as reader:
+        for name in parent.tensors:
+            finite(name, reader[name], remedy=TRAIN_AGAIN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,51 +97,67 @@ def write_folder(
     them packed.
     """
     row = format_to(order.target)
-    packed = row.packed_modules(made.tensors)
-    sources = dict(_sources(parent, made, packed, scaled=scaled))
+    copies = Copies(order.kept, row)
+    sources = dict(_sources(parent, made, row.packed_modules(made.tensors), copies, scaled=scaled))
     _check_complete(parent, made, row, set(sources))
     order.out.mkdir(parents=True)
-    shapes = {name: (dtype, shape) for name, (_, dtype, shape) in sources.items()}
+    shapes = {name: (source.dtype, source.shape) for name, source in sources.items()}
     with ShardReader(parent) as dense, ShardReader(made) as library, ShardWriter(order.out, shapes) as writer:
-        for name, (from_library, dtype, _) in sources.items():
-            if not from_library:
-                writer.write(name, dense[name])
+        for name, source in sources.items():
+            if source.place != "library":
+                writer.write(name, copies[name] if source.place == "donor" else dense[name])
                 continue
             tensor = library[name]
             if name in parent.tensors and torch.equal(tensor, dense[name].to(tensor.dtype)):
                 tensor = dense[name]  # not scaled after all: the parent's may be of higher precision
-            tensor = tensor.to(DTYPES[dtype])
-            writer.write(name, _finite(name, tensor, remedy="quantize to more bits or with more calibration rows"))
+            tensor = tensor.to(DTYPES[source.dtype])
+            writer.write(name, finite(name, tensor, remedy="quantize to more bits or with more calibration rows"))
+    return finish(order, parent, quantization=quantization)
+
+
+def finish(order: Order, parent: Checkpoint, *, quantization: Mapping[str, Any]) -> Written:
+    """Lay config, tokenizer and projector of the parent beside the weights in `order.out`, and say what they are."""
     config = {**parent.config, "quantization_config": dict(quantization)}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (order.out / "config.json").write_text(text, encoding="utf-8")
     copy_companions(parent.path, order.out)
     if pairing.is_projected(order.out):
         pairing.seal(order.out)
-    return _written(parent, Checkpoint.open(order.out), row)
+    return _written(parent, Checkpoint.open(order.out), format_to(order.target))
 
 
-_Source = tuple[bool, str, tuple[int, ...]]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """Where a tensor of the folder comes from, and what it is there."""
+
+    place: Literal["parent", "library", "donor"]
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def _sources(
-    parent: Checkpoint, made: Checkpoint, packed: Mapping[str, tuple[str, ...]], *, scaled: bool
+    parent: Checkpoint, made: Checkpoint, packed: Mapping[str, tuple[str, ...]], copies: Copies, *, scaled: bool
 ) -> Iterator[tuple[str, _Source]]:
-    """Tensor to write → whether it comes from the library, its dtype and shape; in the parent's order."""
+    """Tensor to write → its source, in the parent's order; a donor's goes before the library's."""
     for name, info in parent.tensors.items():
-        module = name.removesuffix(".weight")
-        if name.endswith(".weight") and module in packed:
-            for part in packed[module]:
-                component = made.tensors[module + part]
-                # gptqmodel keeps AWQ's scales in the model's dtype, the layout says float16.
-                dtype = "F16" if part == ".scales" else component.dtype
-                yield module + part, (True, dtype, component.shape)
-        else:
-            scaled_by_library = scaled and name in made.tensors
-            if scaled_by_library and made.tensors[name].shape != info.shape:
-                found, expected = list(made.tensors[name].shape), list(info.shape)
-                raise ReloadMismatch(f"{name}: has shape {found} after quantization, {expected} before; report this")
-            yield name, (scaled_by_library, info.dtype, info.shape)
+        module = name.removesuffix(".weight") if name.endswith(".weight") else ""
+        for copied in copies.parts.get(module, (name,) if name in copies.shapes else ()):
+            dtype, shape = copies.shapes[copied]
+            yield copied, _Source(place="donor", dtype=dtype, shape=shape)
+        if module in copies.parts or name in copies.shapes:
+            continue
+        for part in packed.get(module, ()):
+            component = made.tensors[module + part]
+            # gptqmodel keeps AWQ's scales in the model's dtype, the layout says float16.
+            dtype = "F16" if part == ".scales" else component.dtype
+            yield module + part, _Source(place="library", dtype=dtype, shape=component.shape)
+        if module in packed:
+            continue
+        scaled_by_library = scaled and name in made.tensors
+        if scaled_by_library and made.tensors[name].shape != info.shape:
+            found, expected = list(made.tensors[name].shape), list(info.shape)
+            raise ReloadMismatch(f"{name}: has shape {found} after quantization, {expected} before; report this")
+        yield name, _Source(place="library" if scaled_by_library else "parent", dtype=info.dtype, shape=info.shape)
 
 
 def _check_complete(parent: Checkpoint, made: Checkpoint, row: Format, taken: set[str]) -> None:
@@ -150,7 +172,8 @@ def _check_complete(parent: Checkpoint, made: Checkpoint, row: Format, taken: se
                 )
 
 
-def _finite(name: str, tensor: Tensor, *, remedy: str) -> Tensor:
+def finite(name: str, tensor: Tensor, *, remedy: str) -> Tensor:
+    """`tensor`; raise NonFinite, with the remedy, where it holds NaN or infinity."""
     if tensor.is_floating_point() and not all_finite(tensor):
         raise NonFinite(f"{name}: holds NaN or infinity; {remedy}")
     return tensor

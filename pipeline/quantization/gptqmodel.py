@@ -17,7 +17,7 @@ from pipeline import progress
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import StageFailed
 from pipeline.model_class import class_of
-from pipeline.quantization.folder import Order, Written, write_folder
+from pipeline.quantization.folder import Order, Written, scan, write_folder
 from pipeline.quantization.heads import is_classifier, kept_dense
 from pipeline.targets import AWQTarget, GPTQTarget
 
@@ -36,7 +36,8 @@ def write(order: Order) -> Written:
     """
     assert isinstance(order.target, GPTQTarget | AWQTarget)
     assert order.calibration, "GPTQ and AWQ are calibrated"
-    parent = order.begin()
+    parent = order.clear()
+    scan(parent)
     head = kept_dense(parent, trust_remote_code=order.trust_remote_code)
     with contextlib.chdir(order.scratch):  # it writes logs into the current folder
         raw = _quantize(order, parent, order.target)

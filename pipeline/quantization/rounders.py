@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from pipeline.errors import RequantError
 from pipeline.formats import awq as awq_layout
 from pipeline.formats import gptq as gptq_layout
 from pipeline.formats.rounded import Rounded
+from pipeline.kept import layer_of, unfolded
 from pipeline.quantization.awq import clip, round_awq, scaled, search_scales
 from pipeline.quantization.calibration import Passed
 from pipeline.quantization.fold_search import find_folds
@@ -51,17 +52,15 @@ class Rounder(Protocol):
 
 def rounder_of(order: Order, parent: Checkpoint, streamed: Streamed) -> Rounder:
     """The one for an order's target."""
-    if isinstance(order.target, GPTQTarget):
-        return GPTQ(order.target, streamed)
-    assert isinstance(order.target, AWQTarget)
-    return AWQ(order.target, parent, streamed, kept_dense(parent, trust_remote_code=order.trust_remote_code))
+    return GPTQ(order, streamed) if isinstance(order.target, GPTQTarget) else AWQ(order, parent, streamed)
 
 
 class GPTQ:
     """GPTQ's rounding, or to nearest, in GPTQ's v1 layout."""
 
-    def __init__(self, target: GPTQTarget, streamed: Streamed) -> None:
-        self._target, self._streamed = target, streamed
+    def __init__(self, order: Order, streamed: Streamed) -> None:
+        assert isinstance(order.target, GPTQTarget)
+        self._order, self._target, self._streamed = order, order.target, streamed
         self._replaced: dict[str, Rounded] = {}
 
     def __call__(self, passed: Passed) -> Mapping[str, Tensor]:
@@ -89,33 +88,46 @@ class GPTQ:
         """Modules of one input together: their rows are independent."""
         target = self._target
         if not target.calibrated:
-            for name in linears_of(passed.module):
+            for name in self._wanted(passed, linears_of(passed.module)):
                 with _named(passed, name):
                     yield name, nearest(
                         _weight(passed, name), bits=target.bits, group_size=target.group_size,
                         symmetric=target.symmetric, mse=target.mse,
                     )  # fmt: skip
-        for names, gram in passed.grams.items() if target.calibrated else ():
+        for together, gram in passed.grams.items() if target.calibrated else ():
+            if not (names := self._wanted(passed, together)):
+                continue
             weights = [_weight(passed, name) for name in names]
             with _named(passed, names[0]):
                 found = round_gptq(torch.cat(weights), gram, target=target)
             yield from zip(names, _split(found, [len(weight) for weight in weights]), strict=True)
 
+    def _wanted(self, passed: Passed, names: Iterable[str]) -> list[str]:
+        return [name for name in names if _module(self._streamed, passed, name) not in self._order.kept]
+
 
 class AWQ:
     """AWQ's scales, folded where that is exact, its clipping and its rounding, in the GEMM layout."""
 
-    def __init__(self, target: AWQTarget, parent: Checkpoint, streamed: Streamed, head: list[str] | None) -> None:
-        self._target, self._parent, self._streamed, self._head = target, parent, streamed, head
+    def __init__(self, order: Order, parent: Checkpoint, streamed: Streamed) -> None:
+        assert isinstance(order.target, AWQTarget)
+        self._order, self._target, self._parent, self._streamed = order, order.target, parent, streamed
+        self._unfolded = unfolded(order.kept)
         self._folds: dict[object, tuple[Fold, ...]] = {}
 
     def __call__(self, passed: Passed) -> Mapping[str, Tensor]:
         """qweight, qzeros and scales of each linear module, and what else was scaled, in float32."""
+        wanted = {
+            name for name in linears_of(passed.module)
+            if _module(self._streamed, passed, name) not in self._order.kept
+        }  # fmt: skip
+        if not wanted:
+            return {}
         before = {name: tensor.detach() for name, tensor in passed.module.named_parameters()}
         tensors, grams = self._scaled(passed, before)
         rounded = {}
         for names, gram in grams.items():
-            for name in names:
+            for name in sorted(wanted & set(names), key=names.index):
                 with _named(passed, name):
                     weight = tensors[f"{name}.weight"]
                     weight = clip(weight, gram, group_size=self._target.group_size) if self._target.clip else weight
@@ -138,7 +150,8 @@ class AWQ:
             "group_size": self._target.group_size, "lm_head": False, "meta": {"quantizer": QUANTIZERS},
             "pack_dtype": "int32", "quant_method": "awq", "version": "gemm", "zero_point": True,
         }  # fmt: skip
-        return found | ({"modules_to_not_convert": self._head} if self._head else {})
+        head = kept_dense(self._parent, trust_remote_code=self._order.trust_remote_code)
+        return found | ({"modules_to_not_convert": head} if head else {})
 
     def _scaled(
         self, passed: Passed, before: Mapping[str, Tensor]
@@ -155,7 +168,14 @@ class AWQ:
         return tensors, grams
 
     def _proposals(self, passed: Passed) -> Iterator[tuple[Fold, ...]]:
-        """The folds of a layer of the same structure, or those found for this one, or else none."""
+        """The folds of a layer of the same structure, or those found for this one, or else none.
+
+        None at all where a module is kept as it stands by itself: its bytes are those of the scales that it has.
+        """
+        first = next(iter(linears_of(passed.module)))
+        if layer_of(_module(self._streamed, passed, first)) in self._unfolded:
+            yield ()
+            return
         if (structure := _structure(passed.module)) in self._folds:
             yield self._folds[structure]
         yield find_folds(passed.module, passed.run)
@@ -191,8 +211,13 @@ def _packed(
     streamed: Streamed, passed: Passed, rounded: Mapping[str, Rounded], pack: Callable[[Rounded], Mapping[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     for name, found in rounded.items():
-        module = streamed.stored(f"{passed.name}.{name}.weight").removesuffix(".weight")
+        module = _module(streamed, passed, name)
         yield from ((f"{module}.{part}", tensor) for part, tensor in pack(found).items())
+
+
+def _module(streamed: Streamed, passed: Passed, name: str) -> str:
+    """What the checkpoint calls a module of the layer."""
+    return streamed.stored(f"{passed.name}.{name}.weight").removesuffix(".weight")
 
 
 def _split(rounded: Rounded, counts: list[int]) -> Iterator[Rounded]:

@@ -10,11 +10,11 @@ from pipeline import child
 from pipeline.catalog import DENSE, format_to, require_libraries
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import UnsupportedFormat
-from pipeline.quantization import gptqmodel
+from pipeline.quantization import gptqmodel, kept_whole
 from pipeline.quantization.folder import Order, Written
 from pipeline.reloadable import check_reload
 from pipeline.sizes import check_target, dense_sizes
-from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target
+from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target, is_own
 
 WRITERS: dict[type[Any], str] = {
     BitsAndBytesTarget: "pipeline.quantization.bitsandbytes:write",
@@ -37,21 +37,24 @@ def check(dense: Checkpoint, targets: Iterable[Target]) -> None:
 
 
 def write(orders: Sequence[Order]) -> Iterator[tuple[Order, Written]]:
-    """Write quantized checkpoints of one parent, each as soon as it is whole, and clear the libraries' files away.
+    """Write quantized checkpoints of one parent, each as soon as it is whole, and clear away what they needed.
 
-    Those of Requant's own engine share a process and a calibration pass, every other has a process of its own.
+    Where every packed module is kept nothing is started. Those of Requant's own engine share a process and a
+    calibration pass; every other has a process of its own.
     """
-    own = [order for order in orders if _is_own(order.target)]
-    for order in (order for order in orders if order not in own):
-        written: Written = child.run(WRITERS[type(order.target)], order, environment=gptqmodel.ENVIRONMENT)
-        yield _cleared(order), written
+    kept = [order for order in orders if order.described_by]
+    own = [order for order in orders if order not in kept and is_own(order.target)]
+    written: Written
+    for order in orders:
+        if order in kept:
+            written = kept_whole.write(order)
+            yield _cleared(order), written
+        elif order not in own:
+            written = child.run(WRITERS[type(order.target)], order, environment=gptqmodel.ENVIRONMENT)
+            yield _cleared(order), written
     if own:
         found: list[Written] = child.run("pipeline.quantization.engine:write", own)
         yield from zip(map(_cleared, own), found, strict=True)
-
-
-def _is_own(target: Target) -> bool:
-    return isinstance(target, GPTQTarget | AWQTarget) and target.engine == "requant"
 
 
 def _cleared(order: Order) -> Order:

@@ -5,13 +5,17 @@ Everything that can be known to fail is checked before the first of them starts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from pydantic import TypeAdapter
 
+from pipeline import progress
 from pipeline.checkpoint import Checkpoint
 from pipeline.encoding import calibration_samples, load_tokenizer
 from pipeline.jobs import Job, Output
+from pipeline.kept import Kept, keep, made_from, writable
+from pipeline.manifest import MANIFEST, Manifest
 from pipeline.quantization import writers
 from pipeline.quantization.folder import Order, Written
 from pipeline.rows import read_rows
@@ -24,28 +28,61 @@ def run(job: Job) -> Iterator[Output]:
     """`job.inputs["dense"]` in every format of `job.options["targets"]`, each output as soon as it is written.
 
     `job.data["calibration"]` names the rows for GPTQ and AWQ, of which `job.options["calibration"]` says how many
-    `samples` of `sequence_length` tokens. Raises UnsupportedFormat or MissingLibrary before anything is written.
+    `samples` of `sequence_length` tokens. What a donor of a target holds already is copied; where that is everything,
+    no row is read and no library runs. Raises UnsupportedFormat or MissingLibrary before anything is written.
     """
     targets = _TARGETS.validate_python(job.options["targets"])
-    writers.check(Checkpoint.open(job.inputs["dense"]), targets)
-    calibration = _calibration(job) if any(target.calibrated for target in targets) else ()
+    parent = Checkpoint.open(job.inputs["dense"])
+    writers.check(parent, targets)
+    digests = _digests(parent)
+    kept = {target.variant: _kept(job, target, parent, digests) for target in targets}
+    rounded = [target for target in targets if target.calibrated and not kept[target.variant].described_by]
+    calibration = _calibration(job) if rounded else ()
     orders = [
         Order(
             dense=job.inputs["dense"].resolve(),
             out=(job.workspace / target.variant).resolve(),
             scratch=(job.workspace / f"{target.variant}.scratch").resolve(),
             target=target,
-            calibration=calibration if target.calibrated else (),
+            calibration=calibration if target in rounded else (),
+            kept=kept[target.variant].modules,
+            described_by=kept[target.variant].described_by,
             seed=job.options["seed"],
             trust_remote_code=job.trust_remote_code,
         )
         for target in targets
     ]
+    for variant, own in kept.items():
+        for donor, count in own.counted.items():
+            progress.message("quantize", f"{variant}: copies {count} of {len(own.wanted)} modules from {donor}")
     for order, written in writers.write(orders):
+        own = kept[order.target.variant]
         yield Output(
-            variant=order.target.variant, folder=order.out, metrics=_metrics(written),
-            notes={"dense": list(written.dense)},
-        )  # fmt: skip
+            variant=order.target.variant,
+            folder=order.out,
+            metrics={**_metrics(written), "copied_modules": len(own.modules)},
+            notes=_notes(order.target, written, own, digests),
+        )
+
+
+def _digests(parent: Checkpoint) -> Mapping[str, str]:
+    """Tensor → its digest, where the parent is an artifact; a folder of the user's has no donors to compare with."""
+    return Manifest.read(parent.path).tensors if (parent.path / MANIFEST).is_file() else {}
+
+
+def _kept(job: Job, target: Target, parent: Checkpoint, digests: Mapping[str, str]) -> Kept:
+    shapes = {name: info.shape for name, info in parent.tensors.items()}
+    return writable(target, keep(target, shapes, digests, job.donors.get(target.variant, ())))
+
+
+def _notes(target: Target, written: Written, kept: Kept, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What stayed dense; by which a later run knows the packed bytes again; and whence those that were copied."""
+    notes: dict[str, Any] = {"dense": list(written.dense)}
+    if made := made_from(target, written.packed, digests):
+        notes["made_from"] = made
+    if kept.modules:
+        notes["copied_from"] = kept.counted
+    return notes
 
 
 def _calibration(job: Job) -> tuple[tuple[int, ...], ...]:

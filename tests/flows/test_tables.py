@@ -40,6 +40,16 @@ def printed(monkeypatch):
     return show
 
 
+def test_a_plan_says_how_many_modules_a_target_copies_where_it_copies_any(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(terminal, "OUT", Console(file=out, force_terminal=True, color_system=None, width=160))
+    step = {"stage": "quantize", "status": "run", "disk_bytes": 0, "memory_bytes": 0, "seconds_last_time": None}
+    counts = {"never made": 14, "dense changed": 0, "tuned changed": None}
+    terminal.show_plan([{**step, "makes": "x", "why": why, "copied_modules": n} for why, n in counts.items()])
+    assert "never made; copies 14 modules" in out.getvalue()
+    assert out.getvalue().count("copies") == 1
+
+
 def test_a_head_is_shown_with_its_own_figures(printed):
     rows, text = printed(HEAD)
     assert rows[0]["accuracy_drop"] == pytest.approx(0.05)

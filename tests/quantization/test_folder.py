@@ -1,13 +1,17 @@
 """A quantized folder takes packed weights from the library and everything else from the dense parent."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint import Checkpoint
+from pipeline.digests import digest_packed
 from pipeline.errors import NonFinite, ReloadMismatch
+from pipeline.kept import Donor
+from pipeline.manifest import read_content
 from pipeline.quantization.folder import Order, write_folder
 from pipeline.targets import GPTQTarget
 from tests.checkpoints import tiny_llama
@@ -39,9 +43,9 @@ def made_by_a_library(dense, folder, *, remove=(), **changes):
     return Checkpoint.open(folder)
 
 
-def write(tmp_path, dense, made, *, scaled=False):
+def write(tmp_path, dense, made, *, scaled=False, kept=None):
     target = GPTQTarget(format="gptq")
-    order = Order(dense=dense, out=tmp_path / "out", scratch=tmp_path / "scratch", target=target)
+    order = Order(dense=dense, out=tmp_path / "out", scratch=tmp_path / "scratch", target=target, kept=kept or {})
     written = write_folder(
         order, Checkpoint.open(dense), made, quantization={"bits": 4, "quant_method": "gptq"}, scaled=scaled
     )
@@ -93,6 +97,30 @@ def test_an_infinite_scale_is_refused_by_name(tmp_path, dense):
     made = made_by_a_library(dense, tmp_path / "made", **{f"{Q_PROJ}.scales": scales})
     with pytest.raises(NonFinite, match=f"{Q_PROJ}.scales"):
         write(tmp_path, dense, made)
+
+
+def kept_elsewhere(dense, folder):
+    """A donor of Q_PROJ, whose packed tensors are others than the library's; what was noted of them is their digest."""
+    made_by_a_library(dense, folder, **{f"{Q_PROJ}.qweight": torch.ones(16, 128, dtype=torch.int32)})
+    digest = digest_packed(Q_PROJ, (".g_idx", ".qweight", ".qzeros", ".scales"), read_content(folder).tensors)
+    return Donor(reference="bot/gptq@v0001", folder=folder, made_from={}, packed={Q_PROJ: digest})
+
+
+def test_a_kept_module_is_its_donors_whatever_the_library_wrote(tmp_path, dense):
+    donor = kept_elsewhere(dense, tmp_path / "donor")
+    _, tensors = write(tmp_path, dense, made_by_a_library(dense, tmp_path / "made"), kept={Q_PROJ: donor})
+    theirs, before = (load_file(folder / "model.safetensors") for folder in (donor.folder, dense))
+    parts = [f"{Q_PROJ}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")]
+    assert all(torch.equal(tensors[name], theirs[name]) for name in parts)
+    assert all(torch.equal(tensors[name], before[name]) for name in before if name != f"{Q_PROJ}.weight")
+
+
+def test_a_donor_whose_bytes_are_not_those_that_were_noted_is_refused_by_module(tmp_path, dense):
+    donor = replace(kept_elsewhere(dense, tmp_path / "donor"), packed={Q_PROJ: "another"})
+    made = made_by_a_library(dense, tmp_path / "made")
+    with pytest.raises(ReloadMismatch, match=rf"{Q_PROJ}: its packed tensors in .*donor are not those that bot/gptq@v"):
+        write(tmp_path, dense, made, kept={Q_PROJ: donor})
+    assert not (tmp_path / "out").exists()
 
 
 def test_bits_per_weight_are_bytes_over_weights(tmp_path, dense):

@@ -1,0 +1,57 @@
+"""A quantized folder of which every packed module is copied: no library is started and nothing is calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline import progress
+from pipeline.catalog import format_to
+from pipeline.checkpoint import Checkpoint
+from pipeline.kept import Donor
+from pipeline.quantization.copies import Copies
+from pipeline.quantization.folder import TRAIN_AGAIN, Order, Written, finish, finite
+from pipeline.quantization.heads import kept_dense
+from pipeline.shard_writer import ShardWriter
+from pipeline.shards import ShardReader
+
+# Where a config names the modules that stay dense; GPTQ's names none.
+NOT_CONVERTED = {"awq": "modules_to_not_convert", "bitsandbytes": "llm_int8_skip_modules"}
+
+
+def write(order: Order) -> Written:
+    """Write `order.out`: packed modules from the donors in `order.kept`, all else from the parent.
+
+    Raise NonFinite for a NaN or infinity among the parent's tensors, ReloadMismatch where a donor has other bytes than
+    were noted. Layers of a folded donor have its dense tensors too.
+    """
+    assert order.described_by
+    parent = order.clear()
+    copies = Copies(order.kept, format_to(order.target))
+    shapes = dict(_shapes(parent, copies))
+    order.out.mkdir(parents=True)
+    with ShardReader(parent) as dense, ShardWriter(order.out, shapes) as writer:
+        for done, name in enumerate(shapes, start=1):
+            copied = name in copies.shapes
+            writer.write(name, copies[name] if copied else finite(name, dense[name], remedy=TRAIN_AGAIN))
+            progress.step("quantize", done=done, total=len(shapes), unit=f"{order.target.variant} tensors")
+    return finish(order, parent, quantization=_quantization(order, parent, order.described_by))
+
+
+def _shapes(parent: Checkpoint, copies: Copies) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    """Tensor to write → dtype and shape, in the parent's order."""
+    for name, info in parent.tensors.items():
+        parts = copies.parts.get(name.removesuffix(".weight"), ()) if name.endswith(".weight") else ()
+        for part in parts or (name,):
+            yield part, copies.shapes.get(part, (info.dtype, info.shape))
+
+
+def _quantization(order: Order, parent: Checkpoint, donor: Donor) -> dict[str, Any]:
+    """The donor's own config, which also names the parent's classification head where it must be."""
+    quantization = Checkpoint.open(donor.folder).quantization
+    assert quantization is not None
+    raw = dict(quantization.raw)
+    key = NOT_CONVERTED.get(order.target.format)
+    if key and (head := kept_dense(parent, trust_remote_code=order.trust_remote_code)):
+        raw[key] = sorted({*head, *(raw.get(key) or ())})
+    return raw

@@ -21,7 +21,7 @@ from pipeline import pairing
 from pipeline.catalog import Format, format_to
 from pipeline.checkpoint import Checkpoint, copy_companions
 from pipeline.errors import NonFinite, ReloadMismatch
-from pipeline.formats.components import all_finite
+from pipeline.formats.components import NOT_FINITE, all_finite
 from pipeline.shard_writer import ShardWriter
 from pipeline.shards import DTYPES, ShardReader
 from pipeline.targets import Target
@@ -44,10 +44,11 @@ class Order:
     seed: int = 0
     trust_remote_code: bool = False
 
-    def begin(self) -> Checkpoint:
+    def begin(self, *, scan: bool = True) -> Checkpoint:
         """Empty `scratch`, remove `out`, and open the parent.
 
-        Raise NonFinite where a weight of it is no number, CheckpointError where a projector beside it is another's.
+        Raise CheckpointError where a projector beside it is another's, NonFinite where a weight is no number. Without
+        `scan` no weight is read: the writer looks at each when it comes to it.
         """
         for folder in (self.out, self.scratch):
             if folder.exists():
@@ -56,10 +57,10 @@ class Order:
         parent = Checkpoint.open(self.dense)
         if pairing.is_projected(self.dense):
             pairing.check(self.dense)
-        # The libraries pack a NaN without a word: it becomes a code like any other.
-        with ShardReader(parent) as reader:
-            for name in parent.tensors:
-                _finite(name, reader[name], remedy="train again with a lower learning rate, or download it again")
+        if scan:  # the libraries pack a NaN without a word: it becomes a code like any other
+            with ShardReader(parent) as reader:
+                for name in parent.tensors:
+                    check_finite(name, reader[name])
         return parent
 
 
@@ -101,14 +102,24 @@ def write_folder(
             if name in parent.tensors and torch.equal(tensor, dense[name].to(tensor.dtype)):
                 tensor = dense[name]  # not scaled after all: the parent's may be of higher precision
             tensor = tensor.to(DTYPES[dtype])
-            writer.write(name, _finite(name, tensor, remedy="quantize to more bits or with more calibration rows"))
+            check_finite(name, tensor, "holds NaN or infinity; quantize to more bits or with more calibration rows")
+            writer.write(name, tensor)
+    return finish(order, parent, quantization=quantization)
+
+
+def finish(order: Order, parent: Checkpoint, *, quantization: Mapping[str, Any]) -> Written:
+    """Write what lies beside the weights in `order.out`, and say what became of them.
+
+    That is config.json, with `quantization` as its quantization_config, the parent's tokenizer and other companions,
+    and a projector's seal to the new weights.
+    """
     config = {**parent.config, "quantization_config": dict(quantization)}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (order.out / "config.json").write_text(text, encoding="utf-8")
     copy_companions(parent.path, order.out)
     if pairing.is_projected(order.out):
         pairing.seal(order.out)
-    return _written(parent, Checkpoint.open(order.out), row)
+    return _written(parent, Checkpoint.open(order.out), format_to(order.target))
 
 
 _Source = tuple[bool, str, tuple[int, ...]]
@@ -146,10 +157,10 @@ def _check_complete(parent: Checkpoint, made: Checkpoint, row: Format, taken: se
                 )
 
 
-def _finite(name: str, tensor: Tensor, *, remedy: str) -> Tensor:
+def check_finite(name: str, tensor: Tensor, otherwise: str = NOT_FINITE) -> None:
+    """Raise NonFinite, which says `otherwise` of the tensor `name`, where a value is NaN or infinite."""
     if tensor.is_floating_point() and not all_finite(tensor):
-        raise NonFinite(f"{name}: holds NaN or infinity; {remedy}")
-    return tensor
+        raise NonFinite(f"{name}: {otherwise}")
 
 
 def _written(parent: Checkpoint, made: Checkpoint, row: Format) -> Written:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -18,14 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pipeline.cgroup import cores
 from pipeline.errors import NonFinite
 from pipeline.formats.bnb_4bit import STATE
 from pipeline.formats.bnb_dynamic import NESTED, dynamic_map, nest
 from pipeline.formats.components import NOT_FINITE, all_finite
+from pipeline.formats.shares import TILE, share_out
 
 BLOCK = 64
-_TILE = 511 * BLOCK  # weights at a time: they stay in the cache, and torch itself would share out 32,768 among threads
 _SMALLEST = 1e-38  # bitsandbytes divides by no less: a block of zeros gives zeros
 _HALF = 1 << 16  # bits of a float come in a high and a low half
 _NEGATIVE = 16  # cell codes of quotients below zero count from here, downwards from the middle code
@@ -62,7 +60,7 @@ def pack(weight: Tensor, *, kind: Kind, double_quant: bool) -> dict[str, Tensor]
     flat = weight.reshape(-1)
     scales = torch.empty(-(-flat.numel() // BLOCK), device=flat.device)
     codes = torch.empty(-(-flat.numel() // 2), 1, dtype=torch.uint8, device=flat.device)
-    _in_threads(_Task(flat=flat, scales=scales, codes=codes.view(-1), tables=_tables(kind, flat.device)))
+    _quantize_all(_Task(flat=flat, scales=scales, codes=codes.view(-1), tables=_tables(kind, flat.device)))
     return dict(sorted(({"weight": codes} | _described(weight, scales, kind, double_quant=double_quant)).items()))
 
 
@@ -76,7 +74,7 @@ def shapes(weight: Tensor, *, kind: Kind, double_quant: bool) -> Shapes:
     scales = torch.ones(-(-count // BLOCK))
     if double_quant:
         scales = scales.to(weight.device)
-        _in_threads(_Task(flat=weight.reshape(-1), scales=scales, codes=None, tables=None))
+        _quantize_all(_Task(flat=weight.reshape(-1), scales=scales, codes=None, tables=None))
     found = _described(weight, scales, kind, double_quant=double_quant)
     known = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
     return dict(sorted((known | {"weight": (torch.uint8, (-(-count // 2), 1))}).items()))
@@ -125,26 +123,19 @@ class _Task:
     tables: _Tables | None
 
 
-def _in_threads(task: _Task) -> None:
-    """Each core takes its share of whole tiles; what it computes does not depend on how they are shared."""
+def _quantize_all(task: _Task) -> None:
+    """Whole blocks on every core, what is left over after them."""
     whole = task.flat.numel() // BLOCK * BLOCK
-    tiles = -(-whole // _TILE)
-    share = max(1, -(-tiles // cores())) * _TILE
-    starts = range(0, whole, share)
-    if len(starts) > 1:
-        with ThreadPoolExecutor(max_workers=len(starts), thread_name_prefix="pack") as pool:
-            list(pool.map(lambda start: _quantize(task, start, min(start + share, whole)), starts))
-    elif whole:
-        _quantize(task, 0, whole)
+    share_out(lambda start, stop: _quantize(task, start, stop), count=whole, step=TILE)
     if whole < task.flat.numel():
         _quantize_rest(task, whole)
 
 
 def _quantize(task: _Task, start: int, stop: int) -> None:
     """Whole blocks, a tile at a time, in the same few buffers."""
-    buffers = _Buffers.of(min(_TILE, stop - start), task.flat.device)
-    for first in range(start, stop, _TILE):
-        last = min(first + _TILE, stop)
+    buffers = _Buffers.of(min(TILE, stop - start), task.flat.device)
+    for first in range(start, stop, TILE):
+        last = min(first + TILE, stop)
         values = buffers.values[: last - first].copy_(task.flat[first:last])
         blocks, scales = values.view(-1, BLOCK), task.scales[first // BLOCK : last // BLOCK]
         # The quotients' place is free yet; the cores' fastest maximum is that of floats that lie together.

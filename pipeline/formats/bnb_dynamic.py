@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 NESTED = 256  # scales that share an outer scale
+_TILE = 127 * NESTED  # scales at a time, fewer than torch shares out among threads
 _STEPS = (1 << 16) - 1
 _EXPONENTS = 7
 
@@ -21,13 +22,18 @@ def nest(scales: Tensor) -> tuple[Tensor, Tensor]:
     bitsandbytes does not look for the nearest value itself: it takes the nearest of 65,536 steps from -1 to 1, then the
     code that lies nearest to that step (csrc/cpu_ops.cpp `quantize_cpu`, `build_quantize_lut`).
     """
-    count = scales.numel()
-    blocks = torch.nn.functional.pad(scales, (0, -count % NESTED)).view(-1, NESTED)
-    outer = blocks.abs().amax(1)
-    # Where the outer scale is zero or next to it, 0 / 0 is code 0 there as well.
-    quotients = (blocks * (1.0 / outer)[:, None]).clamp_(-1, 1).nan_to_num_(-1.0)
-    steps = quotients.add_(1.0).mul_(0.5 * _STEPS).add_(0.5).int()
-    return _codes_of_steps().to(scales.device)[steps].flatten()[:count], outer
+    codes = torch.empty(scales.shape, dtype=torch.uint8, device=scales.device)
+    outer = torch.empty(-(-scales.numel() // NESTED), device=scales.device)
+    table = _codes_of_steps().to(scales.device)
+    for first in range(0, scales.numel(), _TILE):
+        part = scales[first : first + _TILE]
+        blocks = torch.nn.functional.pad(part, (0, -part.numel() % NESTED)).view(-1, NESTED)
+        largest = torch.amax(blocks.abs(), 1, out=outer[first // NESTED :][: len(blocks)])
+        # Where the outer scale is zero or next to it, 0 / 0 is code 0 there as well.
+        quotients = (blocks * (1.0 / largest)[:, None]).clamp_(-1, 1).nan_to_num_(-1.0)
+        steps = quotients.add_(1.0).mul_(0.5 * _STEPS).add_(0.5).int()
+        codes[first : first + _TILE] = table[steps].flatten()[: part.numel()]
+    return codes, outer
 
 
 @cache

@@ -15,10 +15,10 @@ from torch import Tensor
 from pipeline.checkpoint import Quantization
 from pipeline.errors import NonFinite, UnsupportedFormat
 from pipeline.formats.components import ALL, FLOATS, NOT_FINITE, all_finite, require, require_finite
+from pipeline.formats.shares import TILE, share_out
 from pipeline.shards import TensorGroup
 
 _LARGEST = 127  # the code of a row's largest magnitude
-_TILE = 1 << 20  # weights rounded at a time: 4 MiB of floats
 
 
 def dense_shape(group: TensorGroup, quantization: Quantization) -> tuple[int, ...]:  # noqa: ARG001 - the protocol's
@@ -49,13 +49,18 @@ def pack(weight: Tensor) -> dict[str, Tensor]:
     """
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(weight), device=weight.device)
-    step = max(1, _TILE // max(1, weight.shape[1]))
-    for first in range(0, len(weight), step):
-        rows = slice(first, first + step)
-        values = weight[rows].to(torch.float16).float()
-        largest = torch.amax(values.abs(), 1, out=scales[rows])
-        # A row of zeros keeps the codes that 0 / 0 becomes there: zeros.
-        codes[rows] = values.mul_((_LARGEST / largest).masked_fill_(largest == 0, 0.0)[:, None]).round_().to(torch.int8)
+    step = max(1, TILE // max(1, weight.shape[1]))
+
+    def work(start: int, stop: int) -> None:
+        for first in range(start, stop, step):
+            rows = slice(first, min(first + step, stop))
+            values = weight[rows].to(torch.float16).float()
+            largest = torch.amax(values.abs(), 1, out=scales[rows])
+            # A row of zeros keeps the codes that 0 / 0 becomes there: zeros.
+            steps = (_LARGEST / largest).masked_fill_(largest == 0, 0.0)
+            codes[rows] = values.mul_(steps[:, None]).round_()
+
+    share_out(work, count=len(weight), step=step)
     if not all_finite(scales):
         raise NonFinite(_TOO_LARGE if all_finite(weight) else NOT_FINITE)
     return {"SCB": scales, "weight": codes, "weight_format": torch.zeros((), dtype=torch.uint8)}

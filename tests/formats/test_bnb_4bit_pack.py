@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import NonFinite
-from pipeline.formats import bnb_4bit, bnb_4bit_pack, bnb_dynamic
+from pipeline.formats import bnb_4bit, bnb_4bit_pack, bnb_dynamic, shares
 from tests.formats.groups import packed, quantized
 
 CONFIG = quantized("bitsandbytes", load_in_4bit=True)
@@ -92,7 +92,7 @@ def test_how_tiles_are_shared_among_threads_changes_nothing(monkeypatch, dtype):
     weight = torch.randn(5 * 511 + 3, 65, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = written_by_bitsandbytes(weight, kind="nf4", double_quant=False)
     for cores in (1, 2, 3, 16):
-        monkeypatch.setattr(bnb_4bit_pack, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr(shares, "cores", lambda cores=cores: cores)
         assert_the_same(bnb_4bit_pack.pack(weight, kind="nf4", double_quant=False), expected)
 
 

@@ -102,13 +102,13 @@ FORMATS: dict[str, Format] = {
             module="pipeline.formats.bnb_4bit",
             markers=(".weight.absmax",), components=(".weight", ".weight.*"), bits=(4,),
             dequantize="NF4, FP4, with and without double quantization", train="adapters, heads; all after upcast",
-            quantize="transformers + bitsandbytes",
+            quantize="written directly",
             reload="transformers + bitsandbytes", libraries=("bitsandbytes",),
         ),
         Format(
             name="bnb-int8", title="bitsandbytes int8", methods=("bitsandbytes",), module="pipeline.formats.bnb_int8",
             markers=(".SCB",), components=(".weight", ".SCB", ".weight_format"), bits=(8,),
-            dequantize="row-major", train="adapters, heads; all after upcast", quantize="transformers + bitsandbytes",
+            dequantize="row-major", train="adapters, heads; all after upcast", quantize="written directly",
             reload="transformers + bitsandbytes", libraries=("bitsandbytes",), activations="int8",
         ),
         Format(

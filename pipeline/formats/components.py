@@ -16,6 +16,7 @@ from pipeline.shards import TensorGroup
 ALL = slice(None)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WORDS = (torch.int32,)
+NOT_FINITE = "holds NaN or infinity; train again with a lower learning rate, or download it again"  # after a name
 PATTERN_SECONDS = 1.0  # a name takes microseconds; what takes longer was written to hang
 _too_slow: set[str] = set()  # patterns that took longer once: a model has thousands of names to try them on
 

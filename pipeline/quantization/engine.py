@@ -117,8 +117,6 @@ def _asks(order: Order, streamed: Streamed, layer: str) -> bool:
     return any(streamed.stored(name).removesuffix(".weight") not in order.kept for name in names)
 
 
-
-
 def _piece(order: Order, index: int) -> Path:
     return order.scratch / "made" / f"layer-{index:05d}.safetensors"
 

@@ -21,14 +21,12 @@ from pipeline import pairing
 from pipeline.catalog import Format, format_to
 from pipeline.checkpoint import Checkpoint, copy_companions
 from pipeline.errors import NonFinite, ReloadMismatch
-from pipeline.formats.components import all_finite
+from pipeline.formats.components import NOT_FINITE, all_finite
 from pipeline.kept import Donor
 from pipeline.quantization.copies import Copies
 from pipeline.shard_writer import ShardWriter
 from pipeline.shards import DTYPES, ShardReader
 from pipeline.targets import Target
-
-TRAIN_AGAIN = "train again with a lower learning rate, or download it again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +68,7 @@ def scan(parent: Checkpoint) -> None:
     """Raise NonFinite where a weight is no number: libraries pack a NaN without a word, as a code like any other."""
     with ShardReader(parent) as reader:
         for name in parent.tensors:
-            finite(name, reader[name], remedy=TRAIN_AGAIN)
+            check_finite(name, reader[name])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,12 +109,17 @@ def write_folder(
             if name in parent.tensors and torch.equal(tensor, dense[name].to(tensor.dtype)):
                 tensor = dense[name]  # not scaled after all: the parent's may be of higher precision
             tensor = tensor.to(DTYPES[source.dtype])
-            writer.write(name, finite(name, tensor, remedy="quantize to more bits or with more calibration rows"))
+            check_finite(name, tensor, "holds NaN or infinity; quantize to more bits or with more calibration rows")
+            writer.write(name, tensor)
     return finish(order, parent, quantization=quantization)
 
 
 def finish(order: Order, parent: Checkpoint, *, quantization: Mapping[str, Any]) -> Written:
-    """Lay config, tokenizer and projector of the parent beside the weights in `order.out`, and say what they are."""
+    """Write what lies beside the weights in `order.out`, and say what became of them.
+
+    That is config.json, with `quantization` as its quantization_config, the parent's tokenizer and other companions,
+    and a projector's seal to the new weights.
+    """
     config = {**parent.config, "quantization_config": dict(quantization)}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (order.out / "config.json").write_text(text, encoding="utf-8")
@@ -172,11 +175,10 @@ def _check_complete(parent: Checkpoint, made: Checkpoint, row: Format, taken: se
                 )
 
 
-def finite(name: str, tensor: Tensor, *, remedy: str) -> Tensor:
-    """`tensor`; raise NonFinite, with the remedy, where it holds NaN or infinity."""
+def check_finite(name: str, tensor: Tensor, otherwise: str = NOT_FINITE) -> None:
+    """Raise NonFinite, which says `otherwise` of the tensor `name`, where a value is NaN or infinite."""
     if tensor.is_floating_point() and not all_finite(tensor):
-        raise NonFinite(f"{name}: holds NaN or infinity; {remedy}")
-    return tensor
+        raise NonFinite(f"{name}: {otherwise}")
 
 
 def _written(parent: Checkpoint, made: Checkpoint, row: Format) -> Written:

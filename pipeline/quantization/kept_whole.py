@@ -10,7 +10,7 @@ from pipeline.catalog import format_to
 from pipeline.checkpoint import Checkpoint
 from pipeline.kept import Donor
 from pipeline.quantization.copies import Copies
-from pipeline.quantization.folder import TRAIN_AGAIN, Order, Written, finish, finite
+from pipeline.quantization.folder import Order, Written, check_finite, finish
 from pipeline.quantization.heads import kept_dense
 from pipeline.shard_writer import ShardWriter
 from pipeline.shards import ShardReader
@@ -32,8 +32,9 @@ def write(order: Order) -> Written:
     order.out.mkdir(parents=True)
     with ShardReader(parent) as dense, ShardWriter(order.out, shapes) as writer:
         for done, name in enumerate(shapes, start=1):
-            copied = name in copies.shapes
-            writer.write(name, copies[name] if copied else finite(name, dense[name], remedy=TRAIN_AGAIN))
+            if name not in copies.shapes:
+                check_finite(name, dense[name])
+            writer.write(name, copies[name] if name in copies.shapes else dense[name])
             progress.step("quantize", done=done, total=len(shapes), unit=f"{order.target.variant} tensors")
     return finish(order, parent, quantization=_quantization(order, parent, order.described_by))
 

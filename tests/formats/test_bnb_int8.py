@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -55,6 +55,42 @@ def test_what_is_malformed_is_refused_in_a_sentence(change, error, said):
     tensors = {name: tensor for name, tensor in (eight() | change).items() if tensor is not None}
     with pytest.raises(error, match=said):
         bnb_int8.dequantize(packed(tensors), CONFIG)
+
+
+def test_eight_values_are_packed_by_hand():
+    made = bnb_int8.pack(torch.tensor([[127.0, -127.0, 0.0, 1.4], [2.0, 1.0, -0.5, -2.0]]))
+    assert made["weight"].tolist() == [[127, -127, 0, 1], [127, 64, -32, -127]]  # 63.5 and 31.75; ties go to even
+    assert made["SCB"].tolist() == [127.0, 2.0]
+    assert (made["weight_format"].item(), made["weight_format"].dtype) == (0, torch.uint8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.sampled_from([(1, 1), (3, 43), (64, 128), (1030, 1030)]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    size=st.sampled_from([1.0, 1000.0, 1e-4, 1e-7]),
+)
+def test_what_is_packed_is_bitsandbytes_own(seed, shape, dtype, size):
+    """Through float16, whose denormals and zeros a small weight becomes; some rows are zeros to begin with."""
+    functional = pytest.importorskip("bitsandbytes.functional", reason="there is nothing to compare with")
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul_(size).to(dtype)
+    weight[1::3] = 0
+    made = bnb_int8.pack(weight)
+    codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
+    assert torch.equal(made["weight"], codes)
+    assert torch.equal(made["SCB"], scales)
+    assert bnb_int8.shapes(shape) == {name: (t.dtype, tuple(t.shape)) for name, t in made.items()}
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(float("nan"), "NaN or infinity"), (float("inf"), "NaN or infinity"), (1e5, "too large for")]
+)
+def test_a_weight_that_float16_cannot_hold_is_refused(value, said):
+    weight = torch.randn(4, 8)
+    weight[2, 3] = value
+    with pytest.raises(NonFinite, match=said):
+        bnb_int8.pack(weight)
 
 
 def test_a_checkpoint_bitsandbytes_wrote_becomes_the_weights_it_computes_with(tmp_path):

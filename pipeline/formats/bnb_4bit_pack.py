@@ -71,9 +71,9 @@ def shapes(weight: Tensor, *, kind: Kind, double_quant: bool) -> Shapes:
     only its dtype and shape count. Raise NonFinite as `pack` does.
     """
     count = weight.numel()
-    scales = torch.ones(-(-count // BLOCK))
+    device = weight.device if double_quant else torch.device("cpu")
+    scales = torch.zeros(-(-count // BLOCK), device=device)
     if double_quant:
-        scales = scales.to(weight.device)
         _quantize_all(_Task(flat=weight.reshape(-1), scales=scales, codes=None, tables=None))
     found = _described(weight, scales, kind, double_quant=double_quant)
     known = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
@@ -82,7 +82,8 @@ def shapes(weight: Tensor, *, kind: Kind, double_quant: bool) -> Shapes:
 
 def _described(weight: Tensor, scales: Tensor, kind: Kind, *, double_quant: bool) -> dict[str, Tensor]:
     """All components but the codes (functional.py `quantize_4bit`, `QuantState.as_dict`)."""
-    if not all_finite(scales):
+    # In tiles too: the mean alone is left to torch's threads, whose number decides its last bit in bitsandbytes.
+    if not all(all_finite(part) for part in torch.split(scales, TILE)):
         raise NonFinite(NOT_FINITE)
     state: dict[str, Any] = {
         "quant_type": kind,
@@ -93,7 +94,7 @@ def _described(weight: Tensor, scales: Tensor, kind: Kind, *, double_quant: bool
     components = {"weight.absmax": scales, "weight.quant_map": torch.tensor(_VALUES[kind], device=scales.device)}
     if double_quant:
         offset = scales.mean()
-        codes, outer = nest(scales - offset)
+        codes, outer = nest(scales, offset)
         components |= {
             "weight.absmax": codes,
             "weight.nested_absmax": outer,

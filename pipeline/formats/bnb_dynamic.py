@@ -16,8 +16,8 @@ _STEPS = (1 << 16) - 1
 _EXPONENTS = 7
 
 
-def nest(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes, uint8 [B], and outer scales, float32 [ceil(B / 256)], of `scales`, float32 [B].
+def nest(scales: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, uint8 [B], and outer scales, float32 [ceil(B / 256)], of `scales` - `offset`, float32 [B] and [].
 
     bitsandbytes does not look for the nearest value itself: it takes the nearest of 65,536 steps from -1 to 1, then the
     code that lies nearest to that step (csrc/cpu_ops.cpp `quantize_cpu`, `build_quantize_lut`).
@@ -26,13 +26,14 @@ def nest(scales: Tensor) -> tuple[Tensor, Tensor]:
     outer = torch.empty(-(-scales.numel() // NESTED), device=scales.device)
     table = _codes_of_steps().to(scales.device)
     for first in range(0, scales.numel(), _TILE):
-        part = scales[first : first + _TILE]
+        part = scales[first : first + _TILE] - offset
         blocks = torch.nn.functional.pad(part, (0, -part.numel() % NESTED)).view(-1, NESTED)
         largest = torch.amax(blocks.abs(), 1, out=outer[first // NESTED :][: len(blocks)])
         # Where the outer scale is zero or next to it, 0 / 0 is code 0 there as well.
         quotients = (blocks * (1.0 / largest)[:, None]).clamp_(-1, 1).nan_to_num_(-1.0)
         steps = quotients.add_(1.0).mul_(0.5 * _STEPS).add_(0.5).int()
-        codes[first : first + _TILE] = table[steps].flatten()[: part.numel()]
+        # Not table[steps]: that alone would start torch's threads, and wait for them.
+        codes[first : first + _TILE] = torch.index_select(table, 0, steps.flatten()[: part.numel()])
     return codes, outer
 
 

@@ -58,8 +58,7 @@ def write(order: Order) -> Written:
     modules = _modules(parent, spared, trust_remote_code=order.trust_remote_code)
     order.out.mkdir(parents=True)
     try:
-        with ShardReader(parent) as dense:
-            _write_weights(order, order.target, parent, dense, modules)
+        _write_weights(order, order.target, parent, modules)
         return finish(order, parent, quantization=_config(order.target, spared).to_dict())
     except BaseException:
         shutil.rmtree(order.out)
@@ -67,16 +66,12 @@ def write(order: Order) -> Written:
 
 
 def _write_weights(
-    order: Order,
-    target: BitsAndBytesTarget,
-    parent: Checkpoint,
-    dense: ShardReader,
-    modules: Mapping[str, _Module],
+    order: Order, target: BitsAndBytesTarget, parent: Checkpoint, modules: Mapping[str, _Module]
 ) -> None:
     """Every tensor of the parent in its order, packed or as it is."""
-    with ShardWriter(order.out, _shapes(target, parent, dense, modules)) as writer:
+    with ShardWriter(order.out, _shapes(target, parent, modules)) as writer:
         for name in _counted(parent.tensors, f"{target.variant} tensors"):
-            stored = dense[name]
+            stored = _stored(parent, name)
             if name not in modules:
                 check_finite(name, stored)
                 writer.write(name, stored)
@@ -87,8 +82,14 @@ def _write_weights(
                 writer.write(f"{modules[name].name}.{part}", tensor)
 
 
+def _stored(parent: Checkpoint, name: str) -> Tensor:
+    """A tensor of the parent. Its file is mapped for it alone: what was read of the others is memory of no process."""
+    with ShardReader(parent) as reader:
+        return reader[name]
+
+
 def _shapes(
-    target: BitsAndBytesTarget, parent: Checkpoint, dense: ShardReader, modules: Mapping[str, _Module]
+    target: BitsAndBytesTarget, parent: Checkpoint, modules: Mapping[str, _Module]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensor to write → its dtype and shape; double quantization reads the weights once more for it."""
     reads = target.bits == 4 and target.double_quant is not False  # noqa: PLR2004 - four bits
@@ -99,7 +100,7 @@ def _shapes(
             shapes[name] = (info.dtype, info.shape)
             continue
         module = modules[name]
-        stored = dense[name] if reads else torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
+        stored = _stored(parent, name) if reads else torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
         with _named(name):
             found = _packed_shapes(target, module.weight(stored))
         shapes |= {f"{module.name}.{part}": (DTYPE_NAMES[dtype], shape) for part, (dtype, shape) in found.items()}

@@ -150,6 +150,6 @@ def test_nested_scales_are_bitsandbytes_own(size, count):
     scales = torch.randn(count, generator=torch.Generator().manual_seed(count)) * size
     scales[::7] = 0
     expected, state = functional.quantize_blockwise(scales, blocksize=256)
-    codes, outer = bnb_dynamic.nest(scales)
+    codes, outer = bnb_dynamic.nest(scales, torch.tensor(0.0))
     assert torch.equal(codes, expected)
     assert torch.equal(outer, state.absmax)

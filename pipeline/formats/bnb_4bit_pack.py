@@ -82,9 +82,8 @@ def shapes(weight: Tensor, *, kind: Kind, double_quant: bool) -> Shapes:
 
 def _described(weight: Tensor, scales: Tensor, kind: Kind, *, double_quant: bool) -> dict[str, Tensor]:
     """All components but the codes (functional.py `quantize_4bit`, `QuantState.as_dict`)."""
-    if not all(
-        all_finite(part) for part in torch.split(scales, TILE)
-    ):  # in tiles, as everything but bitsandbytes' own mean
+    # In tiles too: the mean alone is left to torch's threads, whose number decides its last bit in bitsandbytes.
+    if not all(all_finite(part) for part in torch.split(scales, TILE)):
         raise NonFinite(NOT_FINITE)
     state: dict[str, Any] = {
         "quant_type": kind,

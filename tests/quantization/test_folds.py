@@ -12,10 +12,10 @@ QKV = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.w
 GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 EXPERTS = ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.shared_experts.gate_proj.weight",
            "mlp.shared_experts.up_proj.weight")  # fmt: skip
-O, DOWN = ("self_attn.o_proj.weight",), ("mlp.down_proj.weight",)
+OUT, DOWN = ("self_attn.o_proj.weight",), ("mlp.down_proj.weight",)
 LLAMA = [
     ("norm", "input_layernorm", QKV),
-    ("linear", "self_attn.v_proj", O),
+    ("linear", "self_attn.v_proj", OUT),
     ("norm", "post_attention_layernorm", GATE_UP),
     ("linear", "mlp.up_proj", DOWN),
 ]
@@ -29,7 +29,7 @@ FOUND = {
     "biases on q, k and v": LLAMA,
     "gemma-3": [
         ("one_plus", "input_layernorm", QKV),
-        ("linear", "self_attn.v_proj", O),
+        ("linear", "self_attn.v_proj", OUT),
         ("one_plus", "pre_feedforward_layernorm", GATE_UP),
         ("linear", "mlp.up_proj", DOWN),
     ],
@@ -52,7 +52,7 @@ FOUND = {
     ],
     "phi-3": [
         ("norm", "input_layernorm", ("self_attn.qkv_proj.weight",)),
-        ("linear", "self_attn.qkv_proj", O),
+        ("linear", "self_attn.qkv_proj", OUT),
         ("norm", "post_attention_layernorm", ("mlp.gate_up_proj.weight",)),
         ("linear", "mlp.gate_up_proj", DOWN),
     ],
@@ -68,7 +68,7 @@ FOUND = {
         ("norm", "input_layernorm", ("self_attn.q_a_proj.weight", "self_attn.kv_a_proj_with_mqa.weight")),
         ("norm", "self_attn.q_a_layernorm", ("self_attn.q_b_proj.weight",)),
         ("norm", "self_attn.kv_a_layernorm", ("self_attn.kv_b_proj.weight",)),
-        ("linear", "self_attn.kv_b_proj", O),
+        ("linear", "self_attn.kv_b_proj", OUT),
         ("norm", "post_attention_layernorm", EXPERTS),
         ("linear", "mlp.shared_experts.up_proj", ("mlp.shared_experts.down_proj.weight",)),
     ],
@@ -91,7 +91,7 @@ def last_layer(name):
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(std=0.2, generator=generator)
-    layer = [each for each in model.modules() if isinstance(each, nn.ModuleList)][0][-1]
+    layer = next(each for each in model.modules() if isinstance(each, nn.ModuleList))[-1]
     seen = {}
     hook = layer.register_forward_pre_hook(
         lambda _, args, kwargs: seen.update(args=args, kwargs=kwargs), with_kwargs=True
@@ -129,6 +129,8 @@ def test_the_folds_of_an_architecture_are_found_and_leave_its_output_as_it_is(na
 
 
 class Twice(nn.Module):
+    """Its norm makes two tensors, of which a linear layer reads one."""
+
     def __init__(self):
         super().__init__()
         self.norm, self.first, self.second = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)

@@ -85,36 +85,51 @@ def search_scales(
     return best
 
 
-def clip(weight: Tensor, gram: Tensor, *, group_size: int, bits: int = 4) -> Tensor:
-    """Float32 `weight` [O, I] with the outliers of each row's groups clamped where that makes rounding better.
+def clip(weight: Tensor, gram: Tensor, *, group_size: int, bits: int = 4, sweeps: int = 1) -> Tensor:
+    """Float32 `weight` [O, I] with each row's groups clamped where that makes rounding better.
 
-    A group is clamped to 1.0 to 0.5 of its largest magnitude, whichever changes the output least with the group's own
-    block of `gram` [I, I]. A row whose clamped groups together do worse than the row as it was is left as it was: no
-    row loses. Source: AutoAWQ's `_compute_best_clip`, which samples tokens and asks no row.
+    Group after group, the range is taken that leaves the least error of the row's output by `gram` [I, I], given how
+    the row's other groups are rounded: the range as it is, or one of 1.0 to 0.5 of it, or of its largest magnitude. So
+    every step lowers the error or leaves it, and no row loses. AutoAWQ (`_compute_best_clip`) looks at each group by
+    itself, which can do worse than nothing. Costs 2 * O * I ** 2 operations for each of `sweeps`, and 40 * O * I * g.
     """
     size = _size(weight.shape[1], group_size)
-    blocks = torch.stack(list(_diagonal_blocks(gram, size)))
     out = torch.empty_like(weight)
     for rows in _chunks(*weight.shape):
-        part = weight[rows]
-        found = _clipped(part, blocks, size, bits)
-        before, after = (_row_errors(_nearest(one, size, bits) - part, gram) for one in (part, found))
-        out[rows] = torch.where((after < before)[:, None], found, part)
+        part, found = weight[rows], weight[rows].clone()
+        change = _nearest(part, size, bits).sub_(part)
+        for start in [*range(0, len(gram), size)] * sweeps:
+            group = slice(start, start + size)
+            block = gram[group, group]
+            # What the other groups' changes add to this one's output, for each of its inputs.
+            others = change @ gram[:, group] - change[:, group] @ block
+            found[:, group], change[:, group] = _clipped(part[:, group], block, others, bits)
+        out[rows] = found
     return out
 
 
-def _clipped(weight: Tensor, blocks: Tensor, size: int, bits: int) -> Tensor:
-    """`weight` [R, I], each group clamped to its best shrink by `blocks` [G, g, g]."""
-    grouped = _grouped(weight, size)
-    largest = grouped.abs().amax(2, keepdim=True)
-    limits, least = largest, torch.full_like(largest, math.inf)
-    for shrink in SHRINKS:
-        limit = largest * shrink
-        change = _nearest_grouped(grouped.clamp(-limit, limit), bits).sub_(grouped).transpose(0, 1)
-        error = torch.bmm(change, blocks).mul_(change).sum(2).T.unsqueeze(2)
+def _clipped(weight: Tensor, block: Tensor, others: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """One group of R rows, [R, g], clamped to its best range; and what rounding changes then."""
+    best, change = weight, torch.zeros_like(weight)
+    least = torch.full_like(weight[:, :1], math.inf)
+    for low, high in _ranges(weight):
+        clamped = weight.clamp(low, high)
+        changed = _nearest(clamped, weight.shape[1], bits).sub_(weight)
+        error = (changed @ block).add_(others, alpha=2).mul_(changed).sum(1, keepdim=True)
         better = error < least
-        limits, least = torch.where(better, limit, limits), torch.where(better, error, least)
-    return grouped.clamp(-limits, limits).flatten(1)
+        best, change = torch.where(better, clamped, best), torch.where(better, changed, change)
+        least = torch.where(better, error, least)
+    return best, change
+
+
+def _ranges(weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Lowest and highest values [R, 1] to try for a group [R, g], the first as they are."""
+    low, high = weight.amin(1, keepdim=True).clamp_(max=0), weight.amax(1, keepdim=True).clamp_(min=0)
+    largest = torch.maximum(-low, high)
+    for shrink in SHRINKS:
+        yield low * shrink, high * shrink
+    for shrink in SHRINKS[1:]:
+        yield -largest * shrink, largest * shrink
 
 
 def _candidates(rms: Tensor, share: Tensor) -> Iterator[Tensor]:
@@ -177,11 +192,6 @@ def _codes(grouped: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
 def _row_errors(change: Tensor, gram: Tensor) -> Tensor:
     """float64 [R]: the squared change of each output over all tokens."""
     return (change @ gram).mul_(change).sum(1, dtype=torch.float64)
-
-
-def _diagonal_blocks(gram: Tensor, size: int) -> Iterator[Tensor]:
-    for start in range(0, len(gram), size):
-        yield gram[start : start + size, start : start + size]
 
 
 def _spaced(count: int, rows: int, device: torch.device) -> Tensor:

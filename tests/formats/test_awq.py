@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, MissingTensor, NonFinite, UnsupportedFormat
 from pipeline.formats import awq
+from pipeline.formats.rounded import Rounded
 from pipeline.jobs import Job
 from pipeline.stages import upcast
 from tests.formats.groups import by_rows, pack_last, packed, quantized
@@ -21,6 +22,17 @@ ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 def interleaved(codes):
     """Codes [R, C] as int32 [R, C / 8]: nibble k of a word holds column ORDER[k] of its eight."""
     return pack_last(codes.reshape(len(codes), -1, 8)[..., ORDER].flatten(1), 4)
+
+
+def repacked(tensors, weight):
+    """The codes that gptqmodel packed, found from the weight that they give."""
+    scales = tensors["scales"].T
+    size = weight.shape[1] // scales.shape[1]
+    groups = (torch.arange(weight.shape[1]) // size).int()
+    zeros = [(tensors["qzeros"] >> 4 * nibble & 15).T for nibble in (0, 4, 1, 5, 2, 6, 3, 7)]
+    zeros = torch.stack(zeros, 1).flatten(0, 1).to(torch.uint8)
+    codes = weight / scales.float()[:, groups] + zeros[:, groups]
+    return Rounded(bits=4, codes=codes.round().to(torch.uint8), scales=scales, zeros=zeros, groups=groups)
 
 
 def eight():
@@ -45,6 +57,14 @@ def test_group_size_minus_one_is_one_group_of_the_whole_channel():
     assert weight[7].tolist() == [0, 2]
 
 
+def test_the_same_values_are_packed_as_they_were_by_hand():
+    """Zero points and codes in 8 outputs of two inputs."""
+    codes = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [15, 14, 13, 12, 11, 10, 9, 8]], dtype=torch.uint8).T
+    zeros, scales = torch.arange(8, dtype=torch.uint8)[:, None], torch.full((8, 1), 2.0).half()
+    rounded = Rounded(bits=4, codes=codes, scales=scales, zeros=zeros, groups=torch.zeros(2, dtype=torch.int32))
+    assert all(torch.equal(tensor, eight()[name]) for name, tensor in awq.pack(rounded).items())
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), group_size=st.sampled_from([8, 32, -1]))
 def test_what_was_packed_comes_back(seed, group_size):
@@ -60,6 +80,13 @@ def test_what_was_packed_comes_back(seed, group_size):
     assert torch.equal(awq.dequantize(packed(tensors), config), expected)
     assert torch.equal(by_rows(awq, packed(tensors), config, step=8), expected)
     assert awq.dense_shape(packed(tensors), config) == (outputs, inputs)
+    rounded = Rounded(
+        bits=4, codes=codes.T.to(torch.uint8), scales=scales.T, zeros=zeros.T.to(torch.uint8), groups=order.int()
+    )
+    again = awq.pack(rounded)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    assert torch.equal(awq.dequantize(packed(again), config), rounded.dense())
 
 
 @pytest.mark.parametrize(
@@ -92,6 +119,8 @@ def test_every_layout_gptqmodel_packs_is_read_as_it_computes_with_it(gptqmodel_f
         expected = tensors.pop("expected")
         weight = awq.dequantize(packed(tensors), Quantization.parse(cases[name]))
         assert torch.equal(weight.half(), expected), name
+        again = awq.pack(repacked(tensors, weight))
+        assert all(torch.equal(again[part], tensor) for part, tensor in tensors.items()), name
 
 
 def test_a_checkpoint_gptqmodel_wrote_becomes_the_weights_it_computes_with(gptqmodel_folder, tmp_path):

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from pipeline import progress
+from pipeline.catalog import format_to
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import NonFinite, ReloadMismatch
 from pipeline.formats import bnb_4bit_pack, bnb_int8
 from pipeline.formats.bnb_4bit_pack import Shapes
+from pipeline.quantization.copies import Copies
 from pipeline.quantization.folder import Order, Written, check_finite, finish
 from pipeline.quantization.heads import kept_dense
 from pipeline.shard_writer import ShardWriter
@@ -58,7 +60,7 @@ def write(order: Order) -> Written:
     modules = _modules(parent, spared, trust_remote_code=order.trust_remote_code)
     order.out.mkdir(parents=True)
     try:
-        _write_weights(order, order.target, parent, modules)
+        _write_weights(order, order.target, parent, modules, Copies(order.kept, format_to(order.target)))
         return finish(order, parent, quantization=_config(order.target, spared).to_dict())
     except BaseException:
         shutil.rmtree(order.out)
@@ -66,12 +68,16 @@ def write(order: Order) -> Written:
 
 
 def _write_weights(
-    order: Order, target: BitsAndBytesTarget, parent: Checkpoint, modules: Mapping[str, _Module]
+    order: Order, target: BitsAndBytesTarget, parent: Checkpoint, modules: Mapping[str, _Module], copies: Copies
 ) -> None:
-    """Every tensor of the parent in its order, packed or as it is."""
-    with ShardWriter(order.out, _shapes(target, parent, modules)) as writer:
+    """Every tensor of the parent in its order, packed, copied or as it is."""
+    with ShardWriter(order.out, _shapes(target, parent, modules, copies)) as writer:
         for name in _counted(parent.tensors, f"{target.variant} tensors"):
             stored = _stored(parent, name)
+            if copied := copies.parts.get(name.removesuffix(".weight")):
+                for part in copied:
+                    writer.write(part, copies[part])
+                continue
             if name not in modules:
                 check_finite(name, stored)
                 writer.write(name, stored)
@@ -89,13 +95,16 @@ def _stored(parent: Checkpoint, name: str) -> Tensor:
 
 
 def _shapes(
-    target: BitsAndBytesTarget, parent: Checkpoint, modules: Mapping[str, _Module]
+    target: BitsAndBytesTarget, parent: Checkpoint, modules: Mapping[str, _Module], copies: Copies
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensor to write → its dtype and shape; double quantization reads the weights once more for it."""
     reads = target.bits == 4 and target.double_quant is not False  # noqa: PLR2004 - four bits
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name in _counted(parent.tensors, f"{target.variant} tensors, scales") if reads else parent.tensors:
         info = parent.tensors[name]
+        if copied := copies.parts.get(name.removesuffix(".weight")):
+            shapes |= {part: copies.shapes[part] for part in copied}
+            continue
         if name not in modules:
             shapes[name] = (info.dtype, info.shape)
             continue

@@ -115,7 +115,7 @@ FORMATS: dict[str, Format] = {
             name="gptq", title="GPTQ", methods=("gptq",), module="pipeline.formats.gptq",
             markers=(".qweight",), components=(".qweight", ".qzeros", ".scales", ".g_idx"), bits=(2, 3, 4, 8),
             dequantize="v1 and v2, any group size, desc_act, symmetric or not",
-            train="adapters, heads; all after upcast", quantize="gptqmodel",
+            train="adapters, heads; all after upcast", quantize="one calibration pass",
             reload="transformers + optimum + gptqmodel", libraries=("gptqmodel", "optimum"),
         ),
         Format(
@@ -123,7 +123,8 @@ FORMATS: dict[str, Format] = {
             markers=(".qweight",), components=(".qweight", ".qzeros", ".scales"), bits=(4,),
             layouts=("gemm", "exllama", "ipex"),  # the last two are kernels for what lies as GEMM
             otherwise="repack it with gptqmodel",
-            dequantize="GEMM, any group size", train="adapters, heads; all after upcast", quantize="gptqmodel",
+            dequantize="GEMM, any group size", train="adapters, heads; all after upcast",
+            quantize="one calibration pass",
             reload="transformers + gptqmodel", libraries=("gptqmodel",),
         ),
         Format(

@@ -16,6 +16,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.data_sources import localised, located
 from pipeline.digests import DigestCache
 from pipeline.manifest import Origin
+from pipeline.needs import RUNTIME_BYTES, quantizing_memory, training_needs
 from pipeline.recipe import Recipe
 from pipeline.sections import LABELLED, Data, Kind
 from pipeline.sizes import Sizes
@@ -24,14 +25,14 @@ from pipeline.target_layout import matches, same_options
 from pipeline.targets import BASE_TARGETS, Target
 
 # Raised when the same options give other bytes.
-STAGE_VERSIONS = {"upcast": 2, "train": 2, "merge": 2, "quantize": 1, "evaluate": 2}
-RUNTIME_BYTES = 600 * 10**6  # a process with torch and transformers imported
+STAGE_VERSIONS = {"upcast": 2, "train": 2, "merge": 2, "quantize": 2, "evaluate": 2}
 # What an adapter that was trained on NF4 or int8 is merged into, by `merge_base`.
 MERGED_INTO: Mapping[str, Mapping[str, str]] = {
     "dequantized": {"base": "dequantized"},
     "original": {"base": "dense"},
     "better": {"base": "dequantized", "original": "dense"},
 }
+GRID = {"format", "bits", "group_size", "symmetric"}  # what of a target quantization-aware training aims at
 TRAINED = {"lora": "adapter", "head": "head", "projector": "projector", "full": "tuned", "qat": "tuned"}
 
 
@@ -110,14 +111,13 @@ class Graph:
         options |= {"trainable": list(train.trainable)} if train.trainable else {}
         options |= {"lora": train.lora} if train.method == "lora" else {}
         options |= {"projector": train.projector.model_dump()} if train.method == "projector" else {}
-        options |= {"grid": self._recipe.quantize[0].model_dump(exclude={"name"})} if train.method == "qat" else {}
+        options |= {"grid": self._recipe.quantize[0].model_dump(include=GRID)} if train.method == "qat" else {}
         options |= {"launcher": self._launcher} if train.launcher.several else {}
         data = {"train": train.data.model_copy(update={"part": "train"})}
         if train.data.validation:
             data["validation"] = train.data.model_copy(update={"part": "validation"})
-        return self._step(
-            "train", {"base": self._stand}, TRAINED[train.method], options, self._training_needs, data=data
-        )
+        needs = training_needs(self._recipe, self._sizes)
+        return self._step("train", {"base": self._stand}, TRAINED[train.method], options, needs, data=data)
 
     @property
     def _launcher(self) -> dict[str, Any]:
@@ -125,18 +125,6 @@ class Graph:
         launcher = self._recipe.train.launcher
         config = self._cache.file(Path(launcher.config)) if launcher.config else None
         return {"processes": launcher.processes, "config": config}
-
-    @property
-    def _training_needs(self) -> Needs:
-        """Resume files and the result; weights, gradients and two moments."""
-        train, weights = self._recipe.train, 4 * self._sizes.parameters  # float32 on a CPU; half of it on a GPU
-        if train.method == "lora":
-            adapter = self._sizes.adapter_bytes(int(train.lora.get("r", 8)))
-            return Needs(disk=7 * adapter, memory=RUNTIME_BYTES + weights + 4 * adapter)
-        if train.method in {"head", "projector"}:
-            return Needs(disk=10**8, memory=RUNTIME_BYTES + weights)
-        dense = self._sizes.dense_bytes(self._recipe.upcast.dtype)
-        return Needs(disk=6 * weights + dense, memory=RUNTIME_BYTES + 4 * weights)
 
     def _merge_adapter(self) -> Iterator[Step]:
         """Into the weights that it was trained on, those from before they were quantized, or the better of the two."""
@@ -180,9 +168,9 @@ class Graph:
             own = {"dense": dense, **self._packed(target, dense)}
             outputs.append(self._planned("quantize", own, target.variant, options, data if known else {}))
             inputs |= own
-        # The tool writes its own folder first, from which the artifact is made.
+        # What was packed lies in files of its own first, from which the artifact is made.
         disk = 2 * sum(self._sizes.quantized_bytes(target, dtype) for target in targets)
-        memory = RUNTIME_BYTES + 2 * self._sizes.dense_bytes(dtype)
+        memory = RUNTIME_BYTES + quantizing_memory(self._recipe, self._sizes, targets)
         return Step(
             name=name, stage="quantize", inputs=inputs, outputs=tuple(outputs), data=data, options=shared,
             targets=targets, needs=Needs(disk=disk, memory=memory, seconds=self._seconds(outputs)),

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from pipeline import progress
 from pipeline.checkpoint import Checkpoint
 from pipeline.encoding import calibration_samples, load_tokenizer
+from pipeline.errors import DataError
 from pipeline.jobs import Job, Output
 from pipeline.kept import Kept, keep, made_from, writable
 from pipeline.manifest import MANIFEST, Manifest
@@ -96,7 +98,21 @@ def _calibration(job: Job) -> tuple[tuple[int, ...], ...]:
         length=options["sequence_length"],
         seed=job.options["seed"],
     )
+    _check_tokens(ids, Checkpoint.open(job.inputs["dense"]), pad=tokenizer.pad_token_id)
     return tuple(tuple(sample) for sample in ids.tolist())
+
+
+def _check_tokens(ids: Tensor, dense: Checkpoint, *, pad: int | None) -> None:
+    """Raise DataError for calibration tokens that the model does not know, or that say nothing."""
+    text = dense.config.get("text_config")
+    known = {**dense.config, **(text if isinstance(text, dict) else {})}.get("vocab_size")
+    if isinstance(known, int) and int(ids.max()) >= known:
+        raise DataError(
+            f"calibration: the tokenizer gives token {int(ids.max())}, the model knows {known} of them; its tokenizer "
+            "files are another model's"
+        )
+    if pad is not None and bool((ids == pad).all()):
+        raise DataError("calibration: every token of the rows is padding; give rows of text")
 
 
 def _metrics(written: Written) -> dict[str, float]:

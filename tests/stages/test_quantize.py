@@ -125,3 +125,20 @@ def test_too_little_calibration_text_is_refused_before_a_process_starts(dense, t
     with pytest.raises(DataError, match=r"calibration.*fewer than one sample"):
         next(quantize.run(job(dense, tmp_path, {"format": "awq"}, data=data, sequence_length=64)))
     assert not orders
+
+
+@pytest.mark.parametrize(
+    ("vocab", "text", "said"),
+    [(40, "sums", r"the tokenizer gives token \d+, the model knows 40 of them"),
+     (256, "<pad>" * 40, "every token of the rows is padding")],
+)  # fmt: skip
+def test_calibration_rows_that_say_nothing_to_the_model_are_refused(dense, tmp_path, orders, vocab, text, said):
+    copy, data = tmp_path / "dense", tmp_path / "rows.jsonl"
+    shutil.copytree(dense, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "vocab_size": vocab}))
+    data.write_text(json.dumps({"text": text * 20}) + "\n")
+    stage = quantize.run(job(copy, tmp_path, {"format": "gptq", "group_size": 32}, data=data))
+    with pytest.raises(DataError, match=said):
+        next(stage)
+    assert not orders

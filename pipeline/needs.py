@@ -1,0 +1,46 @@
+"""What training and quantizing will ask of the machine, estimated from a recipe and the shapes of the dense weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from pipeline.kept import layer_of
+from pipeline.recipe import Recipe
+from pipeline.sizes import Sizes
+from pipeline.steps import Needs
+from pipeline.targets import Target, is_own
+
+RUNTIME_BYTES = 600 * 10**6  # a process with torch and transformers imported
+ACTIVATIONS = 4 << 30  # bytes of calibration activations in memory, at most
+
+
+def training_needs(recipe: Recipe, sizes: Sizes) -> Needs:
+    """Resume files and the result; weights, gradients and two moments."""
+    train, weights = recipe.train, 4 * sizes.parameters  # float32 on a CPU; half of it on a GPU
+    if train.method == "lora":
+        adapter = sizes.adapter_bytes(int(train.lora.get("r", 8)))
+        return Needs(disk=7 * adapter, memory=RUNTIME_BYTES + weights + 4 * adapter)
+    if train.method in {"head", "projector"}:
+        return Needs(disk=10**8, memory=RUNTIME_BYTES + weights)
+    dense = sizes.dense_bytes(recipe.upcast.dtype)
+    return Needs(disk=6 * weights + dense, memory=RUNTIME_BYTES + 4 * weights)
+
+
+def quantizing_memory(recipe: Recipe, sizes: Sizes, targets: Sequence[Target]) -> int:
+    """Bytes beside the imports: a whole model in a library; or a layer in float32, its Gram matrices and activations.
+
+    Without calibration it is the largest tensor alone.
+    """
+    calibrated = [target for target in targets if target.calibrated]
+    if not all(map(is_own, calibrated)):
+        return 2 * sizes.dense_bytes(recipe.upcast.dtype)
+    if not calibrated:
+        return 4 * sizes.largest
+    layers: Counter[str | None] = Counter({None: sizes.largest})
+    for name, (outputs, inputs) in sizes.linears.items():
+        layers[layer_of(name)] += outputs * inputs
+    widths = [inputs for _, inputs in sizes.linears.values()] or [0]
+    rows = recipe.calibration.samples * recipe.calibration.sequence_length
+    activations = min(2 * 4 * rows * min(widths), ACTIVATIONS)
+    return 3 * 4 * max(layers.values()) + 4 * 4 * max(widths) ** 2 + activations

@@ -7,7 +7,7 @@ figures; that transformers reads the same weights is for the tests to show.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,16 +47,20 @@ class Judged:
         return Judged(**load_file(path))
 
 
-def judge(dense: Any, folder: Path, windows: Tensor) -> Judged:
-    """The model in `folder` beside the model `dense`, on windows [W, L] of token ids."""
-    other = loaded(folder)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+def answers(model: Any, windows: Tensor) -> Iterator[Tensor]:
+    """The log-probabilities of windows [W, L] of token ids, a few at a time: float32 [w, L - 1, V]."""
     with torch.inference_mode():
         for ids in windows.split(BATCH):
-            wanted, scores = (torch.log_softmax(model(ids).logits[:, :-1], -1) for model in (dense, other))
-            losses = -scores.gather(2, ids[:, 1:, None]).squeeze(2)
-            divergences = (wanted.exp() * (wanted - scores)).sum(2)
-            found.append((losses, divergences, (wanted.argmax(2) == scores.argmax(2)).float()))
+            yield torch.log_softmax(model(ids).logits[:, :-1], -1)
+
+
+def judge(dense: Iterable[Tensor], model: Any, windows: Tensor) -> Judged:
+    """What a model answers beside the dense one's answers, on windows [W, L] of token ids."""
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for ids, wanted, scores in zip(windows.split(BATCH), dense, answers(model, windows), strict=True):
+        losses = -scores.gather(2, ids[:, 1:, None]).squeeze(2)
+        divergences = (wanted.exp() * (wanted - scores)).sum(2)
+        found.append((losses, divergences, (wanted.argmax(2) == scores.argmax(2)).float()))
     losses, divergences, agreeing = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Judged(losses=losses, divergences=divergences, agreeing=agreeing)
 

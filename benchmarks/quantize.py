@@ -48,7 +48,7 @@ from pipeline.sections import Data
 from pipeline.stages import upcast
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SMOKE = synthetic.Size(hidden=128, intermediate=256, vocabulary=4096, layers=2)
+SMOKE = synthetic.Size(hidden=256, intermediate=512, vocabulary=4096, layers=2)
 SIZES = {"smoke": SMOKE, "hundred": synthetic.HUNDRED_MILLION, "half": synthetic.HALF_BILLION}
 SIDES = (8192, 4096)  # of the matrix that becomes NF4 without files
 Result = dict[str, float]

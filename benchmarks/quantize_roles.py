@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import judge, loaded
+from quality import answers, judge, loaded
 from torch import nn
 
 from pipeline.formats import bnb_4bit_pack
@@ -127,12 +127,15 @@ def _transformers(case: Case) -> Work:
 
 
 _BITSANDBYTES = ("bitsandbytes", "transformers.integrations.bitsandbytes", "transformers.quantizers.quantizer_bnb_4bit")
+# What it imports while it works, though it is no work of quantizing.
+_GPTQMODEL = ("gptqmodel", "gptqmodel.eora", "gptqmodel.looper.module_looper", "gptqmodel.looper.gptq_processor",
+              "gptqmodel.looper.awq_processor", "gptqmodel.looper.dequantize_processor", "peft")  # fmt: skip
 FLOOR, TOGETHER = "a calibration forward and its Gram products", "Requant: GPTQ, AWQ and NF4 together"
 ROLES: dict[str, Role] = {
     FLOOR: Role(prepare=_floor),
     TOGETHER: Role(prepare=_requant(*TARGETS), formats=tuple(TARGETS)),
     **{f"Requant: {name}": Role(prepare=_requant(name), formats=(name,)) for name in TARGETS},
-    **{f"gptqmodel: {name}": Role(prepare=_gptqmodel(name), formats=(name,), imports=("gptqmodel",))
+    **{f"gptqmodel: {name}": Role(prepare=_gptqmodel(name), formats=(name,), imports=_GPTQMODEL)
        for name in ("GPTQ", "AWQ")},
     "bitsandbytes: NF4": Role(prepare=_transformers, formats=("NF4",), imports=_BITSANDBYTES),
 }  # fmt: skip
@@ -195,13 +198,14 @@ def measured(role: str, folder: Path, draw: int) -> dict[str, float]:
 def judge_all(folder: Path) -> None:
     """Judge every folder of JUDGED that was made, of every draw, beside the dense model."""
     windows = torch.tensor(json.loads((folder / "tokens" / "unseen.json").read_text()))
-    dense = loaded(folder / "dense")
-    judge(dense, folder / "dense", windows).save(folder / "dense.safetensors")
+    model = loaded(folder / "dense")
+    dense = list(answers(model, windows))
+    judge(dense, model, windows).save(folder / "dense.safetensors")
     for draws in (folder / "out").iterdir():
         for role, name in JUDGED.values():
             made = out_of(folder, role, int(draws.name)) / name
             if (made / "config.json").exists():
-                judge(dense, made, windows).save(made / "judged.safetensors")
+                judge(dense, loaded(made), windows).save(made / "judged.safetensors")
 
 
 def out_of(folder: Path, role: str, draw: int) -> Path:

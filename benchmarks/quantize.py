@@ -62,9 +62,11 @@ def main() -> None:
         folder = Path(name)
         _prepare(folder, given)
         results = {role: _fastest(role, folder, given.rounds) for role in given.roles}
+        drawn = {role for role, _ in JUDGED.values()} & {role for role in results if isinstance(results[role], dict)}
         for draw in range(1, given.draws):
-            for role in {role for role, _ in JUDGED.values()} & set(given.roles):
-                _run(role, folder, draw)
+            for role in sorted(drawn):
+                if isinstance(failed := _run(role, folder, draw), str):
+                    raise SystemExit(f"{role}, draw {draw}: {failed}")
         tables = [_costs(folder, given, results)]
         if given.model in ("small", "smoke"):
             tables.append(_qualities(folder, given))

@@ -32,6 +32,7 @@ bench: setup
 	$(BIN)/python benchmarks/upcast.py
 	$(BIN)/python benchmarks/orchestration.py
 	$(BIN)/python benchmarks/head_training.py
+	$(BIN)/python benchmarks/quantize.py
 
 gpu-check: setup
 	@echo "On a machine with a CUDA device, in this folder:"

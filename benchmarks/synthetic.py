@@ -56,6 +56,7 @@ class Size:
 
 TINY = Size(hidden=128, intermediate=256, vocabulary=256, layers=1)
 TWO_BILLION = Size(hidden=4096, intermediate=11008, vocabulary=16384, layers=10)
+HUNDRED_MILLION = Size(hidden=1024, intermediate=2816, vocabulary=4096, layers=8)
 HALF_BILLION = Size(hidden=2048, intermediate=5632, vocabulary=16384, layers=10)
 
 
@@ -189,6 +190,9 @@ PACKERS: dict[str, Packer] = {
     "fp8": (_fp8, {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}),
     "compressed-tensors int4": (_int4, _INT4),
 }  # fmt: skip
+
+# Beside PACKERS, whose formats the readers are tried on: nothing is packed here.
+DENSE: dict[str, Packer] = {"dense": (lambda random, outputs, inputs: {"weight": _dense(random, outputs, inputs)}, {})}
 
 
 def truth(name: str, parts: Components) -> Tensor:

@@ -57,7 +57,7 @@ def test_keep_leaves_the_grid_and_fresh_does_not():
 
 
 def test_better_is_whichever_loses_less_and_never_worse():
-    weights, stored, gram = modules()
+    weights, _, gram = modules()
     kept, fresh, better = settled("keep"), settled("fresh"), settled("better")
     check_same(better["near"], kept["near"])
     check_same(better["far"], fresh["far"])

@@ -61,7 +61,7 @@ def test_scales_of_zero_leave_a_change_that_is_a_whole_one():
 
 def test_three_of_the_modules_are_named_with_what_helps():
     little, much = (Survival(changed_codes=share, change_in_steps=0.01) for share in (0.0009, 0.001))
-    found = {name: little for name in "dcba"} | {"e": much}
+    found = dict.fromkeys("dcba", little) | {"e": much}
     assert rounded_away(found) == ("a", "b", "c", "d")
     said = sentence("gptq-4bit", found, grid="fresh")
     assert "the training of 4 of 5 changed modules, fewer than 0.1% of whose codes change (a, b, c, …)" in said

@@ -118,12 +118,11 @@ def quantize(dense: Path, out: Path, texts: list[Text], *, group_size: int, samp
     ids = calibration_samples(texts, tokenizer, samples=samples, length=length, seed=0)
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / "out"
-        written = writers.write(
-            Order(
-                dense=dense.resolve(), out=made, scratch=Path(scratch) / "scratch", target=target,
-                calibration=tuple(tuple(row) for row in ids.tolist()),
-            )
+        order = Order(
+            dense=dense.resolve(), out=made, scratch=Path(scratch) / "scratch", target=target,
+            calibration=tuple(tuple(row) for row in ids.tolist()),
         )  # fmt: skip
+        ((_, written),) = writers.write([order])
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(made, out)
     return written

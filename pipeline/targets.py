@@ -126,13 +126,16 @@ class AWQTarget(_Target):
     bits: Literal[4] = 4
     group_size: Literal[16, 32, 64, 128] = 128
     """Weights that share a scale and a zero point."""
-    clip: bool = True
-    """Whether each group's range is searched for the least error of the layer's output."""
+    rounding: Literal["gptq", "nearest"] = "gptq"
+    """`nearest` rounds each weight by itself on AWQ's grid, as its paper does; `gptq` has the inputs that are rounded
+    later make good what the earlier ones lost."""
+    clip: bool | None = None
+    """Whether each group's range is searched for the least error; left out: with rounding nearest, which it helps."""
     grid: Grid = "fresh"
     """Where the source was packed on such a grid: `keep` rounds a changed module on its stored scales and zero points,
     `better` takes whichever of both has the smaller error of the layer's output."""
     engine: Literal["requant", "gptqmodel"] = "requant"
-    """Who searches and rounds; gptqmodel always clips and knows no grid."""
+    """Who searches and rounds; gptqmodel always clips, rounds to nearest and knows no grid."""
 
     @property
     def calibrated(self) -> bool:
@@ -141,8 +144,9 @@ class AWQTarget(_Target):
 
     @model_validator(mode="after")
     def _options_of_the_engine(self) -> AWQTarget:
-        if self.engine == "gptqmodel" and not self.clip:
-            raise ValueError("engine gptqmodel always clips; leave clip out, or use engine requant")
+        if self.engine == "gptqmodel" and (self.clip is False or self.rounding != "gptq"):
+            own = "clip: false" if self.clip is False else "rounding"
+            raise ValueError(f"engine gptqmodel has no {own}; leave it out, or use engine requant")
         if self.engine == "gptqmodel" and self.grid != "fresh":
             raise ValueError("engine gptqmodel has no grid; leave it out, or use engine requant")
         return self

@@ -18,6 +18,7 @@ from pipeline.artifacts import Artifact
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import ReloadMismatch
 from pipeline.execute import run_step
+from pipeline.kept import layer_of
 from pipeline.manifest import MANIFEST, Origin
 from pipeline.plan import Plan, make_plan
 from pipeline.quantization import bitsandbytes
@@ -56,6 +57,8 @@ def calls(monkeypatch) -> list[Order]:
     seen: list[Order] = []
 
     def run(target, order, **_):
+        if isinstance(order, list):
+            return [run(target, one) for one in order]
         seen.append(order)
         return bitsandbytes.write(order) if order.target.format == "bitsandbytes" else by_a_library(order)
 
@@ -65,7 +68,7 @@ def calls(monkeypatch) -> list[Order]:
 
 def by_a_library(order: Order):
     """AWQ as a library would leave it: norms scaled, codes that no second call gives again."""
-    parent = order.begin()
+    parent = order.clear()
     made = order.scratch / "made"
     made.mkdir()
     random = torch.Generator().manual_seed(len(list(order.out.parent.parent.parent.parent.rglob(MANIFEST))))
@@ -100,6 +103,11 @@ def altered(source: Path, folder: Path, *names: str) -> Path:
     save_file({name: tensor + 1 if name in names else tensor for name, tensor in tensors.items()},
               folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
     return folder
+
+
+def altered_tensors(one: Artifact, other: Artifact) -> set[str]:
+    """The tensors that differ."""
+    return {name for name, digest in one.manifest.tensors.items() if other.manifest.tensors[name] != digest}
 
 
 def same(one: Artifact, other: Artifact) -> set[str]:
@@ -174,8 +182,7 @@ def test_a_new_head_rewrites_no_backbone_tensor_and_a_new_weight_its_own_module(
     second = run(planned(head, TARGETS["nf4"], rows, tmp_path / "store"))
     assert len(calls) == 1
     assert same(first, second) == first.manifest.packed.keys()
-    changed = {name for name, digest in first.manifest.tensors.items() if second.manifest.tensors[name] != digest}
-    assert changed == {"lm_head.weight"}
+    assert altered_tensors(first, second) == {"lm_head.weight"}
     third = run(
         planned(altered(head, tmp_path / "weight", f"{Q_PROJ}.weight"), TARGETS["nf4"], rows, tmp_path / "store")
     )
@@ -193,17 +200,16 @@ def test_an_awq_layer_is_copied_with_its_folded_norms_or_not_at_all(tmp_path, ro
     head = altered(dense, tmp_path / "head", "lm_head.weight")
     second = run(planned(head, TARGETS["awq"], rows, tmp_path / "store"))
     assert len(calls) == 1
-    changed = {name for name, digest in first.manifest.tensors.items() if second.manifest.tensors[name] != digest}
-    assert changed == {"lm_head.weight"}
+    assert altered_tensors(first, second) == {"lm_head.weight"}
     norm = altered(head, tmp_path / "norm", NORM.format(1))
     plan = planned(norm, TARGETS["awq"], rows, tmp_path / "store")
     run_step(plan, plan.steps[0], isolated=False)
-    assert plan_rows(plan)[-1]["copied_modules"] == 0
+    assert plan_rows(plan)[-1]["copied_modules"] == 7
     third = run(plan)
-    # gptqmodel rounds all of a model or nothing, so the unchanged layer is not kept either.
-    assert third.manifest.metrics["copied_modules"] == 0
-    assert calls[1].kept == {}
-    assert not same(second, third)
+    # A layer of which anything changed is scaled anew as a whole, the other one is kept as a whole.
+    assert third.manifest.metrics["copied_modules"] == 7
+    assert set(calls[1].kept) == {name for name in second.manifest.packed if ".layers.0." in name}
+    assert {layer_of(name) for name in altered_tensors(second, third)} == {"model.layers.1"}
 
 
 def test_other_calibration_rows_copy_what_is_there_unless_it_is_to_be_refreshed(tmp_path, rows, calls):

@@ -108,9 +108,11 @@ def test_a_donor_that_packed_the_head_too_does_not_describe_the_whole():
     assert kept.described_by is None
 
 
-def test_gptqmodel_keeps_all_modules_or_none_and_bitsandbytes_any():
-    for dense, counts in ((DENSE, (4, 4, 4)), (changed(f"{MODULES[0]}.weight"), (0, 0, 3))):
-        found = [writable(one, keep(one, SHAPES, dense, [donor("source")])) for one in (GPTQ, AWQ, NF4)]
+def test_gptqmodel_and_sequential_calibration_keep_all_modules_or_none_and_everything_else_any():
+    whole = (GPTQTarget(format="gptq", engine="gptqmodel"), AWQTarget(format="awq", engine="gptqmodel"),
+             GPTQTarget(format="gptq", sequential=True))  # fmt: skip
+    for dense, counts in ((DENSE, (4,) * 6), (changed(f"{MODULES[0]}.weight"), (0, 0, 0, 3, 3, 3))):
+        found = [writable(one, keep(one, SHAPES, dense, [donor("source")])) for one in (*whole, GPTQ, AWQ, NF4)]
         assert tuple(len(kept.modules) for kept in found) == counts
         assert {kept.wanted for kept in found} == {frozenset(MODULES)}
 

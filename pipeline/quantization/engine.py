@@ -86,7 +86,7 @@ def _round(order: Order, parent: Checkpoint, streamed: Streamed) -> None:
     rounder, total = rounder_of(order, parent, streamed), len(streamed.layers)
     for passed in unasked(streamed):
         _keep(_piece(order, passed.index), rounder(passed), rounder.survivors())
-        progress.step("quantize", done=passed.index + 1, total=total, unit=f"layers of {order.target.variant}")
+        progress.step("quantize", done=passed.index + 1, total=total, unit=f"{order.target.variant} layers")
 
 
 def _calibrate(orders: list[Order], parent: Checkpoint, streamed: Streamed) -> None:
@@ -105,7 +105,6 @@ def _calibrate(orders: list[Order], parent: Checkpoint, streamed: Streamed) -> N
     if not going.fits():
         state, going = None, begin()
     total = len(streamed.layers)
-    progress.step("quantize", done=state.done if state else 0, total=total, unit=f"layers of {variants}")
     since = time.monotonic()
     for passed in going:
         for order, rounder in zip(orders, rounders, strict=True):
@@ -113,7 +112,7 @@ def _calibrate(orders: list[Order], parent: Checkpoint, streamed: Streamed) -> N
         if time.monotonic() - since >= SAVE_EVERY and passed.index + 1 < total:
             passed.state().save(saved)
             since = time.monotonic()
-        progress.step("quantize", done=passed.index + 1, total=total, unit=f"layers of {variants}")
+        progress.step("quantize", done=passed.index + 1, total=total, unit=f"{variants} layers")
 
 
 def _asks(order: Order, streamed: Streamed, layer: str) -> bool:

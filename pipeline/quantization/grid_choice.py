@@ -28,8 +28,9 @@ def settle(
     """Float32 `weights` [O, I] of modules with one input, rounded: on their `stored` grids, or on new ones by `fresh`.
 
     On a stored grid the codes are GPTQ's by `target`, for the float32 `gram` [I, I] of the input; the nearest where it
-    is None. `better` compares tr(ΔW H ΔWᵀ), module by module, the plain squared error where there is no gram; the
-    stored grid wins a tie. Modules that are not `stored` get a new grid. Raises what `round_gptq` and `fresh` raise.
+    is None or `target` says so. `better` compares tr(ΔW H ΔWᵀ), module by module, the plain squared error where there
+    is no gram; the stored grid wins a tie. Modules that are not `stored` get a new grid. Raises what `round_gptq` and
+    `fresh` raise.
     """
     anew = {name: weight for name, weight in weights.items() if grid != "keep" or name not in stored}
     found = dict(fresh(anew)) if anew else {}
@@ -45,8 +46,7 @@ def settle(
 def anew_by_gptq(weights: Weights, *, gram: Tensor | None, target: GPTQTarget) -> dict[str, Rounded]:
     """Modules of one input, stacked, by GPTQ, each on a grid of its own; the nearest codes where there is no gram."""
     if gram is not None:
-        found = round_gptq(torch.cat([*weights.values()]), gram, target=target)
-        return dict(zip(weights, split(found, [len(weight) for weight in weights.values()]), strict=True))
+        return _apart(weights, round_gptq(torch.cat([*weights.values()]), gram, target=target))
     return {
         name: nearest(
             weight, bits=target.bits, group_size=target.group_size, symmetric=target.symmetric, mse=target.mse
@@ -56,15 +56,18 @@ def anew_by_gptq(weights: Weights, *, gram: Tensor | None, target: GPTQTarget) -
 
 
 def anew_by_awq(weights: Weights, *, gram: Tensor, target: AWQTarget) -> dict[str, Rounded]:
-    """Modules of one input, clipped where that is asked for, and rounded to nearest."""
-    size = target.group_size
-    clipped = {name: clip(weight, gram, group_size=size) if target.clip else weight for name, weight in weights.items()}
-    return {name: round_awq(weight, group_size=size) for name, weight in clipped.items()}
+    """Modules of one input, stacked, on AWQ's grid: each weight by itself, or, what halves the divergence, by GPTQ."""
+    size, weight = target.group_size, torch.cat([*weights.values()])
+    clips = target.rounding == "nearest" if target.clip is None else target.clip
+    grid = round_awq(clip(weight, gram, group_size=size) if clips else weight, group_size=size)
+    return _apart(weights, _onto(weight, grid, gram, on_awq_grid(target)) if target.rounding == "gptq" else grid)
 
 
 def on_awq_grid(target: AWQTarget) -> GPTQTarget:
-    """What GPTQ rounds by on a stored grid of AWQ's."""
-    return GPTQTarget(format="gptq", bits=target.bits, group_size=target.group_size, symmetric=False)
+    """What codes are chosen by on a grid of AWQ's."""
+    return GPTQTarget(
+        format="gptq", bits=target.bits, group_size=target.group_size, symmetric=False, rounding=target.rounding
+    )
 
 
 def _on_stored(
@@ -73,8 +76,20 @@ def _on_stored(
     """The modules that have a stored grid, those with the same groups together: their rows are independent."""
     for names in _alike(stored):
         weight, grid = torch.cat([weights[name] for name in names]), stack([stored[name] for name in names])
-        found = onto(weight, grid) if gram is None else round_gptq(weight, gram, target=target, fixed=grid)
-        yield from zip(names, split(found, [len(weights[name]) for name in names]), strict=True)
+        found = _onto(weight, grid, gram, target)
+        yield from _apart({name: weights[name] for name in names}, found).items()
+
+
+def _onto(weight: Tensor, grid: Rounded, gram: Tensor | None, target: GPTQTarget) -> Rounded:
+    """Codes on a grid that is there."""
+    if gram is None or not target.calibrated:
+        return onto(weight, grid)
+    return round_gptq(weight, gram, target=target, fixed=grid)
+
+
+def _apart(weights: Weights, rounded: Rounded) -> dict[str, Rounded]:
+    """Modules that were rounded as one."""
+    return dict(zip(weights, split(rounded, [len(weight) for weight in weights.values()]), strict=True))
 
 
 def _alike(stored: Mapping[str, Rounded]) -> list[list[str]]:

@@ -135,16 +135,13 @@ class AWQ:
         tensors, grams = self._scaled(passed, before)
         rounded: dict[str, Rounded] = {}
         for together, gram in grams.items():
-            names = sorted(wanted & set(together), key=together.index)
-            stacked = names and self._target.grid != "fresh"  # one Cholesky factor for all that stay on their grid
-            for unit in [names] if stacked else [[name] for name in names]:
-                stored = _stored(self._grids, self._streamed, passed, {n: before[f"{n}.weight"] for n in unit})
-                weights = {name: tensors[f"{name}.weight"] for name in unit}
-                fresh = partial(anew_by_awq, gram=gram, target=self._target)
-                with _named(passed, unit[0]):
-                    rounded |= settle(
-                        weights, stored, gram, grid=self._target.grid, target=on_awq_grid(self._target), fresh=fresh
-                    )
+            if not (names := [name for name in together if name in wanted]):
+                continue
+            stored = _stored(self._grids, self._streamed, passed, {name: before[f"{name}.weight"] for name in names})
+            weights = {name: tensors[f"{name}.weight"] for name in names}
+            fresh, target = partial(anew_by_awq, gram=gram, target=self._target), on_awq_grid(self._target)
+            with _named(passed, names[0]):
+                rounded |= settle(weights, stored, gram, grid=self._target.grid, target=target, fresh=fresh)
         folded = {
             self._streamed.stored(f"{passed.name}.{name}"): tensor
             for name, tensor in tensors.items()

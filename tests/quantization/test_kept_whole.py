@@ -40,7 +40,7 @@ def donor(tmp_path) -> Donor:
 def order(tmp_path, dense: Path, donor: Donor, target: str = "awq") -> Order:
     return Order(
         dense=dense, out=tmp_path / "out", scratch=tmp_path / "scratch", target=parse_target(target),
-        kept=dict.fromkeys(donor.packed, donor),
+        kept=dict.fromkeys(donor.packed, donor), described_by=donor,
     )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def dense_like(folder: Path) -> Path:
 
 def test_packed_tensors_are_the_donors_and_all_else_the_parents(tmp_path, donor):
     dense = dense_like(tmp_path / "dense")
-    written = kept_whole.write(order(tmp_path, dense, donor), donor)
+    written = kept_whole.write(order(tmp_path, dense, donor))
     assert written.packed == tuple(sorted(donor.packed))
     assert read_content(tmp_path / "out").packed == donor.packed
     before, after = load_file(dense / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
@@ -70,7 +70,7 @@ def test_a_folded_layer_brings_its_norms_and_nothing_from_outside_of_it(tmp_path
     save_file({**tensors, **theirs}, donor.folder / "model.safetensors")
     folded = replace(donor_of(donor.folder), folded=True)
     dense = dense_like(tmp_path / "dense")
-    kept_whole.write(order(tmp_path, dense, folded), folded)
+    kept_whole.write(order(tmp_path, dense, folded))
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert {name for name in theirs if torch.equal(found[name], theirs[name])} == theirs.keys() - {NORM}
     assert torch.equal(found["lm_head.weight"], load_file(dense / "model.safetensors")["lm_head.weight"])
@@ -82,7 +82,7 @@ def test_a_nan_among_the_parents_tensors_is_refused_by_name(tmp_path, donor):
     tensors[NORM][3] = float("nan")
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NonFinite, match=NORM):
-        kept_whole.write(order(tmp_path, dense, donor), donor)
+        kept_whole.write(order(tmp_path, dense, donor))
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -93,7 +93,7 @@ def test_a_donor_that_lost_a_module_is_refused(tmp_path, donor):
     save_file({name: value for name, value in tensors.items() if not name.startswith(module)},
               donor.folder / "model.safetensors")  # fmt: skip
     with pytest.raises(ReloadMismatch, match=module):
-        kept_whole.write(order(tmp_path, dense, donor), donor)
+        kept_whole.write(order(tmp_path, dense, donor))
     assert not (tmp_path / "out").exists()
 
 
@@ -101,7 +101,7 @@ def test_a_projector_goes_along_sealed_to_the_new_weights(tmp_path, donor):
     dense = tiny_projected(tmp_path / "dense", "regression", dtype="bfloat16")
     write(tmp_path / "two", "awq", replace(TINY, layers=2))
     two = donor_of(tmp_path / "two")
-    kept_whole.write(order(tmp_path, dense, two), two)
+    kept_whole.write(order(tmp_path, dense, two))
     pairing.check(tmp_path / "out")
 
 
@@ -121,6 +121,6 @@ def test_the_head_of_a_classifier_is_named_among_what_stays_dense(tmp_path):
     config = json.loads((dense / "config.json").read_text())
     (tmp_path / "donor" / "config.json").write_text(json.dumps({**config, "quantization_config": raw}))
     donor = donor_of(tmp_path / "donor")
-    kept_whole.write(order(tmp_path, dense, donor, "int8"), donor)
+    kept_whole.write(order(tmp_path, dense, donor, "int8"))
     found = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert found == {**raw, "llm_int8_skip_modules": ["classifier", "other"]}

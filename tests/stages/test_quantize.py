@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 
@@ -28,8 +29,8 @@ def orders(monkeypatch):
     """The orders that reach a writer's process, none of which is started."""
     seen = []
 
-    def run(_, order, **__):
-        seen.append(order)
+    def run(_, given, **__):
+        seen.extend(given if isinstance(given, list) else [given])
         raise RuntimeError("no process in this test")
 
     monkeypatch.setattr(child, "run", run)
@@ -103,6 +104,20 @@ def test_gptq_gets_the_calibration_rows_as_token_ids_and_bitsandbytes_none(dense
     assert none.calibration == ()
     assert [len(sample) for sample in some.calibration] == [16] * 4
     assert all(isinstance(token, int) and 0 <= token < 256 for sample in some.calibration for token in sample)
+
+
+def test_targets_of_one_engine_are_one_call_and_every_other_is_its_own(dense, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(child, "run", lambda name, given, **_: calls.append((name, given)) or [None] * 2)
+    data, gptq = rows(tmp_path / "rows.jsonl", 50), {"format": "gptq", "group_size": 32}
+    targets = [gptq, NF4, {"format": "awq", "group_size": 32}, {**gptq, "engine": "gptqmodel", "name": "theirs"}]
+    monkeypatch.setattr(quantize, "_metrics", lambda _: {})
+    monkeypatch.setattr(quantize, "_notes", lambda *_: {})
+    outputs = list(quantize.run(job(dense, tmp_path, *targets, data=data)))
+    assert [output.variant for output in outputs] == ["nf4", "theirs", "gptq-4bit", "awq-4bit"]
+    assert [name.rpartition(".")[2] for name, _ in calls] == ["bitsandbytes:write", "gptqmodel:write", "engine:write"]
+    assert [order.target.format for order in calls[2][1]] == ["gptq", "awq"]
 
 
 def test_too_little_calibration_text_is_refused_before_a_process_starts(dense, tmp_path, orders):

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ folders hold what gptqmodel packed, and load in transformers with nothing missing or left over."""
+"""GPTQ and AWQ folders, whichever engine rounds, load in transformers with nothing missing or left over."""
 
 import json
 from dataclasses import replace
@@ -15,8 +15,9 @@ from pipeline.targets import AWQTarget, GPTQTarget
 from tests.checkpoints import tiny_llama
 
 TARGETS = {
-    "gptq": GPTQTarget(format="gptq", group_size=32),
-    "awq": AWQTarget(format="awq", group_size=32),
+    f"{engine} {target.__name__}": target(format=form, group_size=32, engine=engine)
+    for engine in ("requant", "gptqmodel")
+    for form, target in (("gptq", GPTQTarget), ("awq", AWQTarget))
 }
 
 
@@ -42,7 +43,8 @@ def made(request, dense, tmp_path_factory):
     )  # fmt: skip
     events = []
     with progress.shown_by(events.append):
-        return order, writers.write(order), events
+        ((_, written),) = writers.write([order])
+        return order, written, events
 
 
 @pytest.mark.slow
@@ -105,6 +107,6 @@ def test_each_layer_is_an_event(made):
 def test_the_same_order_gives_the_same_bytes(made, tmp_path):
     order, _, _ = made
     again = replace(order, out=tmp_path / "again", scratch=tmp_path / "scratch")
-    writers.write(again)
+    list(writers.write([again]))
     for path in order.out.iterdir():
         assert path.read_bytes() == (again.out / path.name).read_bytes(), path.name

@@ -11,7 +11,7 @@ from pipeline.errors import StoreCorrupt
 from pipeline.kept import Donor
 from pipeline.manifest import Manifest, Origin
 from pipeline.target_layout import matches
-from pipeline.targets import AWQTarget, Target
+from pipeline.targets import AWQTarget, GPTQTarget, Target
 
 DIVIDED = "divided out of "  # how the upcast says that an activation's scales left a weight other than it was packed
 
@@ -32,14 +32,16 @@ def of_source(target: Target, reference: str, source: Checkpoint, upcast: Manife
         made_from={name: upcast.tensors[name] for name in weights if name in upcast.tensors and name not in divided},
         packed=packed,
         spared=_spared(source, packed),
+        ancestor=True,
     )
 
 
 def earlier(store: Store, target: Target, origin: Origin) -> Iterator[Donor]:
     """The store's artifacts that this version of the stage made with the options of `origin`, the newest first.
 
-    Neither their calibration data nor their names matter.
+    Neither their calibration data nor their names matter; where the grid is the source's, their source does.
     """
+    on_source = isinstance(target, GPTQTarget | AWQTarget) and target.grid != "fresh"
     alike = [
         artifact
         for artifact in _readable(store)
@@ -47,6 +49,7 @@ def earlier(store: Store, target: Target, origin: Origin) -> Iterator[Donor]:
         and artifact.manifest.stage_version == origin.stage_version
         and artifact.manifest.options.get("target") == origin.options["target"]
         and artifact.manifest.notes.get("made_from")
+        and not (on_source and _source_of(artifact) != origin.parents.get("source"))
     ]
     for artifact in sorted(alike, key=lambda found: (found.manifest.created, found.reference), reverse=True):
         manifest = artifact.manifest
@@ -58,6 +61,10 @@ def earlier(store: Store, target: Target, origin: Origin) -> Iterator[Donor]:
             spared=frozenset(manifest.notes.get("dense", ())),
             folded=isinstance(target, AWQTarget),
         )
+
+
+def _source_of(artifact: Artifact) -> str | None:
+    return artifact.manifest.parents.get("source", {}).get("fingerprint")
 
 
 def _spared(source: Checkpoint, packed: Collection[str]) -> frozenset[str]:

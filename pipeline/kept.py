@@ -24,7 +24,8 @@ class Donor:
     `made_from` maps each dense tensor that its bytes depend on to that tensor's digest, `packed` each quantized module
     to the digest of its packed tensors. `spared` are weight matrices that its writer left dense. `folded` says that
     scales may have moved between modules of a layer, so that a layer is taken whole, dense tensors included, or not at
-    all; without it a module stands for itself.
+    all; without it a module stands for itself. `ancestor` says that the dense weights were dequantized from it, before
+    whatever training: a module that changed may then stay on its grid.
     """
 
     reference: str
@@ -33,6 +34,7 @@ class Donor:
     packed: Mapping[str, str]
     spared: frozenset[str] = frozenset()
     folded: bool = False
+    ancestor: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

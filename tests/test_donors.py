@@ -19,7 +19,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import ReloadMismatch
 from pipeline.execute import run_step
 from pipeline.kept import layer_of
-from pipeline.manifest import MANIFEST
+from pipeline.manifest import MANIFEST, Origin
 from pipeline.plan import Plan, make_plan
 from pipeline.quantization import bitsandbytes
 from pipeline.quantization.folder import Order, write_folder
@@ -239,3 +239,27 @@ def test_another_name_and_another_variant_are_donors_too_and_a_damaged_manifest_
     assert second.manifest.digest == first.manifest.digest
     plain = planned(dense, "{format: bitsandbytes, double_quant: false}", rows, store)
     assert plan_rows(plain)[-1]["copied_modules"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("gptq", ["b", "a"]), ("gptq:grid=keep", ["a"]), ("awq:grid=better", ["a"])]
+)
+def test_bytes_on_a_sources_grid_come_only_from_what_was_made_of_that_source(monkeypatch, text, found):
+    target = parse_target(text)
+    options = {"target": target.model_dump(exclude={"name"})}
+    origin = Origin(
+        stage="quantize", stage_version=1, options=options, parents={"dense": "d", "source": "one"}, data={}
+    )
+    made = [
+        SimpleNamespace(
+            reference=reference,
+            path=Path(reference),
+            manifest=SimpleNamespace(
+                stage="quantize", stage_version=1, options=options, notes={"made_from": {"x": "y"}}, packed={},
+                created="now", parents={"source": {"fingerprint": source}} if source else {},
+            ),
+        )
+        for reference, source in {"a": "one", "b": "another"}.items()
+    ]  # fmt: skip
+    monkeypatch.setattr(donors, "_readable", lambda _: made)
+    assert [donor.reference for donor in donors.earlier(None, target, origin)] == found

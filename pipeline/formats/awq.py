@@ -65,6 +65,20 @@ def pack(rounded: Rounded) -> dict[str, Tensor]:
     }
 
 
+def unpack(group: TensorGroup, quantization: Quantization) -> Rounded:
+    """The codes of a module on their grid, whose scales are float16: what `pack` packed."""
+    _, inputs = dense_shape(group, quantization)
+    scales = require_finite(group, "scales", require(group, "scales", dtypes=(torch.float16,)))
+    size = inputs // len(scales)
+    return Rounded(
+        bits=BITS[0],
+        codes=_unpack(group.tensors["qweight"]).to(torch.uint8),
+        scales=scales.T.contiguous(),
+        zeros=_unpack(group.tensors["qzeros"]).to(torch.uint8),
+        groups=torch.arange(inputs, dtype=torch.int32, device=scales.device) // size,
+    )
+
+
 def groups_of(group: TensorGroup, quantization: Quantization, inputs: int) -> int:
     """Groups in a row of `inputs` weights, in each of AWQ's layouts; raise UnsupportedFormat unless all are full."""
     grid = grid_of(group, quantization, bits=BITS)

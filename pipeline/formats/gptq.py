@@ -23,8 +23,9 @@ from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, MissingTensor, UnsupportedFormat
 from pipeline.formats.components import ALL, FLOATS, WORDS, Grid, grid_of, require, require_finite
 from pipeline.formats.rounded import Rounded
-from pipeline.formats.words import WORD, unpack, unpack_floats
+from pipeline.formats.words import WORD, unpack_floats
 from pipeline.formats.words import pack as pack_words
+from pipeline.formats.words import unpack as unpack_words
 from pipeline.shards import TensorGroup
 
 BITS = (2, 3, 4, 8)
@@ -50,14 +51,11 @@ def dequantize(group: TensorGroup, quantization: Quantization, rows: slice = ALL
     layout = _layout(group, quantization)
     inputs, bits = layout.inputs, layout.grid.bits
     first, last, _ = rows.indices(layout.outputs)
-    scales = require_finite(group, "scales", group.tensors["scales"][:, first:last].float()).T.contiguous()
-    words = slice(_words(first, bits), _words(last, bits))
-    v1 = _checkpoint_format(quantization) == "gptq"
-    zeros = _zeros(group.tensors["qzeros"][:, words], bits, first=v1)[: last - first]
+    scales, zeros = _scales_and_zeros(group, quantization, bits, slice(first, last))
     order = _order(group, layout)
     qweight = group.tensors["qweight"][:, first:last].T.contiguous()
     if inputs * bits % WORD:
-        out = unpack(qweight, bits)[:, :inputs].float()
+        out = unpack_words(qweight, bits)[:, :inputs].float()
     else:
         out = torch.empty(last - first, inputs, dtype=torch.float32, device=qweight.device)
         unpack_floats(qweight, bits, out)
@@ -82,6 +80,24 @@ def pack(rounded: Rounded) -> dict[str, Tensor]:
         "scales": rounded.scales.T.contiguous(),
         "g_idx": rounded.groups.to(torch.int32),
     }
+
+
+def unpack(group: TensorGroup, quantization: Quantization) -> Rounded:
+    """The codes of a module on their grid, whose scales are float16: what `pack` packed, of v1 or v2."""
+    layout = _layout(group, quantization)
+    require(group, "scales", dtypes=(torch.float16,))
+    scales, zeros = _scales_and_zeros(group, quantization, layout.grid.bits, slice(layout.outputs))
+    order = _order(group, layout)
+    qweight = group.tensors["qweight"].T.contiguous()
+    if order is None:
+        order = torch.arange(layout.inputs, device=qweight.device) // (layout.inputs // layout.groups)
+    return Rounded(
+        bits=layout.grid.bits,
+        codes=unpack_words(qweight, layout.grid.bits)[:, : layout.inputs].to(torch.uint8),
+        scales=scales.half(),
+        zeros=zeros.to(torch.uint8),
+        groups=order.to(torch.int32),
+    )
 
 
 def _layout(group: TensorGroup, quantization: Quantization) -> _Layout:
@@ -112,13 +128,21 @@ def _layout(group: TensorGroup, quantization: Quantization) -> _Layout:
     return _Layout(grid=grid, inputs=inputs, outputs=outputs, groups=groups)
 
 
+def _scales_and_zeros(group: TensorGroup, quantization: Quantization, bits: int, rows: slice) -> tuple[Tensor, Tensor]:
+    """Both of `rows`, from a multiple of a word's outputs on, as float32 [R, G]."""
+    scales = require_finite(group, "scales", group.tensors["scales"][:, rows].float()).T.contiguous()
+    words = slice(_words(rows.start or 0, bits), _words(rows.stop, bits))
+    v1 = _checkpoint_format(quantization) == "gptq"
+    return scales, _zeros(group.tensors["qzeros"][:, words], bits, first=v1)[: len(scales)]
+
+
 def _zeros(qzeros: Tensor, bits: int, *, first: bool) -> Tensor:
     """The zero points as float32 [O or a few more, G]; `first` says that they are v1's."""
     if first and WORD % bits == 0:
         # v1's writers subtract one from every field of a word at once: a zero point of 0 borrows from its neighbour.
         # Adding word-wide gives the borrow back; adding field by field would leave the neighbour one short.
         qzeros = (qzeros.long() + _ones(bits)).to(torch.int32)
-    zeros = unpack(qzeros, bits)
+    zeros = unpack_words(qzeros, bits)
     if first and WORD % bits:
         zeros = (zeros + 1) & ((1 << bits) - 1)  # 3 bits are subtracted field by field, since fields straddle words
     return zeros.float().T.contiguous()

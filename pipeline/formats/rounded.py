@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,3 +29,25 @@ class Rounded:
         zeros, scales = self.zeros.float(), self.scales.float()
         found = self.codes.float()
         return found.sub_(torch.index_select(zeros, 1, groups)).mul_(torch.index_select(scales, 1, groups))
+
+    def rows(self, rows: slice) -> Rounded:
+        """The same of some outputs."""
+        return replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=self.zeros[rows])
+
+
+def stack(parts: Sequence[Rounded]) -> Rounded:
+    """Weights with the same inputs, bits and groups as one, their outputs one after another."""
+    return replace(
+        parts[0],
+        codes=torch.cat([part.codes for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        zeros=torch.cat([part.zeros for part in parts]),
+    )
+
+
+def split(whole: Rounded, counts: Sequence[int]) -> Iterator[Rounded]:
+    """What `stack` made one of, each with its count of outputs."""
+    start = 0
+    for count in counts:
+        yield whole.rows(slice(start, start + count))
+        start += count

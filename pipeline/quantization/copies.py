@@ -39,7 +39,7 @@ class Copies:
     def _add(self, donor: Donor, modules: Collection[str], row: Format) -> None:
         checkpoint = Checkpoint.open(donor.folder)
         packed = row.packed_modules(checkpoint.tensors)
-        _check(donor, checkpoint, {module: packed.get(module, ()) for module in modules})
+        check_noted(donor, checkpoint, {module: packed.get(module, ()) for module in modules})
         self.parts |= {module: tuple(module + part for part in packed[module]) for module in modules}
         names = [name for module in modules for name in self.parts[module]]
         if donor.folded:
@@ -53,7 +53,8 @@ class Copies:
             self.shapes[name] = (info.dtype, info.shape)
 
 
-def _check(donor: Donor, checkpoint: Checkpoint, packed: Mapping[str, tuple[str, ...]]) -> None:
+def check_noted(donor: Donor, checkpoint: Checkpoint, packed: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise ReloadMismatch where the packed tensors of a module are no longer those that its digest was taken of."""
     names = [module + part for module, parts in packed.items() for part in parts]
     digests = digest_tensors(
         {name: (inside(checkpoint.folder, checkpoint.weight_map[name]), checkpoint.tensors[name]) for name in names}

@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from pipeline.quantization.calibration import Pass, State, unasked
 from pipeline.quantization.folder import Order, Written, scan, write_folder
 from pipeline.quantization.rounders import rounder_of
 from pipeline.quantization.streamed import Streamed, linears_of
+from pipeline.quantization.survival import Survival, sentence
 from pipeline.shards import ShardReader
-from pipeline.targets import GPTQTarget
+from pipeline.targets import AWQTarget, GPTQTarget
 
 VERSION = 1  # raised when the same order gives other bytes
 SAVE_EVERY = 30.0  # seconds between two savings of the activations, from which a killed run goes on
@@ -68,7 +70,10 @@ def _prepare(order: Order, parent: Checkpoint) -> None:
     stats = [(name, (parent.folder / name).stat()) for name in parent.files]
     files = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats]
     rows = [list(sample) for sample in order.calibration]
-    identity = digest_value([VERSION, files, order.target.model_dump(exclude={"name"}), rows])
+    options = order.target.model_dump(exclude={"name"})
+    kept = {module: donor.folded for module, donor in order.kept.items()}
+    grid = dict(order.grid_of.packed) if order.grid_of else {}
+    identity = digest_value([VERSION, files, options, rows, kept, grid])
     if not (mark.exists() and mark.read_text(encoding="utf-8") == identity):
         shutil.rmtree(order.scratch, ignore_errors=True)
     shutil.rmtree(order.out, ignore_errors=True)
@@ -80,7 +85,7 @@ def _round(order: Order, parent: Checkpoint, streamed: Streamed) -> None:
     """Every layer of an order that asks nothing of the calibration rows."""
     rounder, total = rounder_of(order, parent, streamed), len(streamed.layers)
     for passed in unasked(streamed):
-        _keep(_piece(order, passed.index), rounder(passed))
+        _keep(_piece(order, passed.index), rounder(passed), rounder.survivors())
         progress.step("quantize", done=passed.index + 1, total=total, unit=f"{order.target.variant} layers")
 
 
@@ -103,7 +108,7 @@ def _calibrate(orders: list[Order], parent: Checkpoint, streamed: Streamed) -> N
     since = time.monotonic()
     for passed in going:
         for order, rounder in zip(orders, rounders, strict=True):
-            _keep(_piece(order, passed.index), rounder(passed))
+            _keep(_piece(order, passed.index), rounder(passed), rounder.survivors())
         if time.monotonic() - since >= SAVE_EVERY and passed.index + 1 < total:
             passed.state().save(saved)
             since = time.monotonic()
@@ -120,9 +125,11 @@ def _piece(order: Order, index: int) -> Path:
     return order.scratch / "made" / f"layer-{index:05d}.safetensors"
 
 
-def _keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _keep(path: Path, tensors: Mapping[str, Tensor], survivors: Mapping[str, Survival]) -> None:
     part = path.with_name(f"{path.name}.part")
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, part)
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    said = {module: asdict(found) for module, found in survivors.items()}
+    save_file(whole, part, metadata={"survival": json.dumps(said)})
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.rename(path)
@@ -133,16 +140,26 @@ def _finish(order: Order, parent: Checkpoint, streamed: Streamed) -> Written:
     folder = order.scratch / "made"
     paths = sorted(folder.glob("layer-*.safetensors"))
     (folder / "config.json").write_text(json.dumps(parent.config), encoding="utf-8")
-    index = {name: path.name for path in paths for name in _names(path)}
+    index: dict[str, str] = {}
+    survivors: dict[str, Survival] = {}
+    for path in paths:
+        names, survived = _inside(path)
+        index |= dict.fromkeys(names, path.name)
+        survivors |= survived
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8")
     config = rounder_of(order, parent, streamed).config()
-    return write_folder(
-        order, parent, Checkpoint.open(folder), quantization=config, scaled=order.target.format == "awq"
-    )
+    made = Checkpoint.open(folder)
+    assert isinstance(order.target, GPTQTarget | AWQTarget)
+    written = write_folder(order, parent, made, quantization=config, scaled=order.target.format == "awq")
+    if said := sentence(order.target.variant, survivors, grid=order.target.grid):
+        progress.message("quantize", said)
+    return replace(written, survival=survivors)
 
 
-def _names(path: Path) -> list[str]:
+def _inside(path: Path) -> tuple[list[str], dict[str, Survival]]:
+    """The names of a layer's tensors, and what became of its changed modules."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return list(file.keys())
+        said = json.loads(file.metadata()["survival"])
+        return list(file.keys()), {module: Survival(**found) for module, found in said.items()}

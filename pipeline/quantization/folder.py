@@ -24,6 +24,7 @@ from pipeline.errors import NonFinite, ReloadMismatch
 from pipeline.formats.components import NOT_FINITE, all_finite
 from pipeline.kept import Donor
 from pipeline.quantization.copies import Copies
+from pipeline.quantization.survival import Survival
 from pipeline.shard_writer import ShardWriter
 from pipeline.shards import DTYPES, ShardReader
 from pipeline.targets import Target
@@ -36,7 +37,8 @@ class Order:
     `dense` is the parent's folder, `out` the folder to make, `scratch` one for the library's own files: absolute
     paths; whatever is in the last two goes. `calibration` holds token ids, a tuple for each sample, and is empty where
     the format needs none. `kept` maps the modules whose packed bytes are copied to the donor that has them; where
-    these are all, `described_by` is the one whose config fits.
+    these are all, `described_by` is the one whose config fits. `grid_of` is the quantized source of the dense weights,
+    where it has the target's own layout: modules that changed may stay on its grid.
     """
 
     dense: Path
@@ -46,6 +48,7 @@ class Order:
     calibration: tuple[tuple[int, ...], ...] = ()
     kept: Mapping[str, Donor] = field(default_factory=dict)
     described_by: Donor | None = None
+    grid_of: Donor | None = None
     seed: int = 0
     trust_remote_code: bool = False
 
@@ -76,12 +79,14 @@ class Written:
     """What became of the weights: which modules are packed, which weight matrices stayed dense, and how large it is.
 
     `packed_bits_per_weight` counts scales and zero points; `bits_per_weight` is over all tensors of the model.
+    `survival` says of changed modules what their training is on the grid of the source, where that is known.
     """
 
     packed: tuple[str, ...]
     dense: tuple[str, ...]
     packed_bits_per_weight: float
     bits_per_weight: float
+    survival: Mapping[str, Survival] = field(default_factory=dict)
 
 
 def write_folder(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoint import Checkpoint
@@ -16,15 +15,16 @@ from pipeline.formats import awq as awq_layout
 from pipeline.formats import gptq as gptq_layout
 from pipeline.formats.rounded import Rounded
 from pipeline.kept import layer_of, unfolded
-from pipeline.quantization.awq import clip, round_awq, scaled, search_scales
+from pipeline.quantization.awq import scaled, search_scales
 from pipeline.quantization.calibration import Passed
 from pipeline.quantization.fold_search import find_folds
 from pipeline.quantization.folder import Order
 from pipeline.quantization.folds import Fold, apply, attainable
-from pipeline.quantization.gptq import round_gptq
-from pipeline.quantization.grids import nearest
+from pipeline.quantization.grid_choice import Weights, anew_by_awq, anew_by_gptq, on_awq_grid, settle
 from pipeline.quantization.heads import kept_dense
+from pipeline.quantization.source_grids import SourceGrids
 from pipeline.quantization.streamed import Streamed, linears_of
+from pipeline.quantization.survival import Survival
 from pipeline.shards import DTYPES
 from pipeline.targets import AWQTarget, GPTQTarget
 
@@ -45,6 +45,10 @@ class Rounder(Protocol):
         """Give the layer the weights that it will have once it is rounded."""
         ...
 
+    def survivors(self) -> Mapping[str, Survival]:
+        """Module of the layer → what its training is on the source's grid, where it changed and the source has one."""
+        ...
+
     def config(self) -> dict[str, Any]:
         """The quantization_config of the folder."""
         ...
@@ -52,15 +56,16 @@ class Rounder(Protocol):
 
 def rounder_of(order: Order, parent: Checkpoint, streamed: Streamed) -> Rounder:
     """The one for an order's target."""
-    return GPTQ(order, streamed) if isinstance(order.target, GPTQTarget) else AWQ(order, parent, streamed)
+    return GPTQ(order, parent, streamed) if isinstance(order.target, GPTQTarget) else AWQ(order, parent, streamed)
 
 
 class GPTQ:
     """GPTQ's rounding, or to nearest, in GPTQ's v1 layout."""
 
-    def __init__(self, order: Order, streamed: Streamed) -> None:
+    def __init__(self, order: Order, parent: Checkpoint, streamed: Streamed) -> None:
         assert isinstance(order.target, GPTQTarget)
         self._order, self._target, self._streamed = order, order.target, streamed
+        self._grids = SourceGrids(order, parent)
         self._replaced: dict[str, Rounded] = {}
 
     def __call__(self, passed: Passed) -> Mapping[str, Tensor]:
@@ -75,6 +80,10 @@ class GPTQ:
         for name, found in self._replaced.items():
             _weight(passed, name).copy_(found.dense())
 
+    def survivors(self) -> Mapping[str, Survival]:
+        """As asked for."""
+        return self._grids.survivors()
+
     def config(self) -> dict[str, Any]:
         """As gptqmodel writes it."""
         target = self._target
@@ -87,23 +96,19 @@ class GPTQ:
     def _rounded(self, passed: Passed) -> Iterator[tuple[str, Rounded]]:
         """Modules of one input together: their rows are independent."""
         target = self._target
+        inputs: Mapping[tuple[str, ...], Tensor | None] = passed.grams
         if not target.calibrated:
-            for name in self._wanted(passed, linears_of(passed.module)):
-                with _named(passed, name):
-                    yield name, nearest(
-                        _weight(passed, name), bits=target.bits, group_size=target.group_size,
-                        symmetric=target.symmetric, mse=target.mse,
-                    )  # fmt: skip
-        for together, gram in passed.grams.items() if target.calibrated else ():
-            if not (names := self._wanted(passed, together)):
+            inputs = {(name,): None for name in linears_of(passed.module)}
+        for together, gram in inputs.items():
+            names = [name for name in together if _module(self._streamed, passed, name) not in self._order.kept]
+            if not names:
                 continue
-            weights = [_weight(passed, name) for name in names]
+            weights = {name: _weight(passed, name) for name in names}
+            stored = _stored(self._grids, self._streamed, passed, weights)
+            fresh = partial(anew_by_gptq, gram=gram, target=target)
             with _named(passed, names[0]):
-                found = round_gptq(torch.cat(weights), gram, target=target)
-            yield from zip(names, _split(found, [len(weight) for weight in weights]), strict=True)
-
-    def _wanted(self, passed: Passed, names: Iterable[str]) -> list[str]:
-        return [name for name in names if _module(self._streamed, passed, name) not in self._order.kept]
+                found = settle(weights, stored, gram, grid=target.grid, target=target, fresh=fresh)
+            yield from found.items()
 
 
 class AWQ:
@@ -112,8 +117,10 @@ class AWQ:
     def __init__(self, order: Order, parent: Checkpoint, streamed: Streamed) -> None:
         assert isinstance(order.target, AWQTarget)
         self._order, self._target, self._parent, self._streamed = order, order.target, parent, streamed
-        self._unfolded = unfolded(order.kept)
-        self._compensated = GPTQTarget(format="gptq", bits=4, group_size=order.target.group_size, symmetric=False)
+        self._grids = SourceGrids(order, parent)
+        # On a stored grid a weight must stay what it is: whatever scales there are were folded before it was packed.
+        fixed = self._grids.modules if self._target.grid != "fresh" else ()
+        self._unfolded = unfolded(order.kept) | {layer for module in fixed if (layer := layer_of(module))}
         self._folds: dict[object, tuple[Fold, ...]] = {}
 
     def __call__(self, passed: Passed) -> Mapping[str, Tensor]:
@@ -128,11 +135,13 @@ class AWQ:
         tensors, grams = self._scaled(passed, before)
         rounded: dict[str, Rounded] = {}
         for together, gram in grams.items():
-            if names := [name for name in together if name in wanted]:
-                with _named(passed, names[0]):
-                    weights = [tensors[f"{name}.weight"] for name in names]
-                    found = self._rounded(torch.cat(weights), gram)
-                rounded |= zip(names, _split(found, [len(weight) for weight in weights]), strict=True)
+            if not (names := [name for name in together if name in wanted]):
+                continue
+            stored = _stored(self._grids, self._streamed, passed, {name: before[f"{name}.weight"] for name in names})
+            weights = {name: tensors[f"{name}.weight"] for name in names}
+            fresh, target = partial(anew_by_awq, gram=gram, target=self._target), on_awq_grid(self._target)
+            with _named(passed, names[0]):
+                rounded |= settle(weights, stored, gram, grid=self._target.grid, target=target, fresh=fresh)
         folded = {
             self._streamed.stored(f"{passed.name}.{name}"): tensor
             for name, tensor in tensors.items()
@@ -144,12 +153,9 @@ class AWQ:
         """AWQ takes dense inputs."""
         raise AssertionError(passed.name)
 
-    def _rounded(self, weight: Tensor, gram: Tensor) -> Rounded:
-        """On AWQ's grid each weight by itself, or, what halves the divergence, with GPTQ's compensation."""
-        size, nearest_codes = self._target.group_size, self._target.rounding == "nearest"
-        clips = nearest_codes if self._target.clip is None else self._target.clip
-        grid = round_awq(clip(weight, gram, group_size=size) if clips else weight, group_size=size)
-        return grid if nearest_codes else round_gptq(weight, gram, target=self._compensated, fixed=grid)
+    def survivors(self) -> Mapping[str, Survival]:
+        """As asked for."""
+        return self._grids.survivors()
 
     def config(self) -> dict[str, Any]:
         """As gptqmodel writes it; transformers makes every linear layer that is not named an AWQ layer."""
@@ -228,11 +234,10 @@ def _module(streamed: Streamed, passed: Passed, name: str) -> str:
     return streamed.stored(f"{passed.name}.{name}.weight").removesuffix(".weight")
 
 
-def _split(rounded: Rounded, counts: list[int]) -> Iterator[Rounded]:
-    """The modules whose rows were rounded together."""
-    parts = (torch.split(tensor, counts) for tensor in (rounded.codes, rounded.scales, rounded.zeros))
-    for codes, scales, zeros in zip(*parts, strict=True):
-        yield replace(rounded, codes=codes, scales=scales, zeros=zeros)
+def _stored(grids: SourceGrids, streamed: Streamed, passed: Passed, weights: Weights) -> dict[str, Rounded]:
+    """What the source has of modules of the layer whose dense weights are `weights`."""
+    found = {name: grids.read(_module(streamed, passed, name), weight) for name, weight in weights.items()}
+    return {name: stored for name, stored in found.items() if stored is not None}
 
 
 def _structure(module: nn.Module) -> object:

@@ -6,6 +6,7 @@ Everything that can be known to fail is checked before the first of them starts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -14,14 +15,15 @@ from torch import Tensor
 from pipeline import progress
 from pipeline.checkpoint import Checkpoint
 from pipeline.encoding import calibration_samples, load_tokenizer
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UnsupportedFormat
 from pipeline.jobs import Job, Output
-from pipeline.kept import Kept, keep, made_from, writable
+from pipeline.kept import Donor, Kept, keep, made_from, writable
 from pipeline.manifest import MANIFEST, Manifest
 from pipeline.quantization import writers
 from pipeline.quantization.folder import Order, Written
+from pipeline.quantization.survival import rounded_away
 from pipeline.rows import read_rows
-from pipeline.targets import Target
+from pipeline.targets import AWQTarget, GPTQTarget, Target, is_own
 
 _TARGETS: TypeAdapter[list[Target]] = TypeAdapter(list[Target])
 
@@ -38,6 +40,7 @@ def run(job: Job) -> Iterator[Output]:
     writers.check(parent, targets)
     digests = _digests(parent)
     kept = {target.variant: _kept(job, target, parent, digests) for target in targets}
+    grids = {target.variant: _grid_of(job, target) for target in targets}
     rounded = [target for target in targets if target.calibrated and not kept[target.variant].described_by]
     calibration = _calibration(job) if rounded else ()
     orders = [
@@ -49,6 +52,7 @@ def run(job: Job) -> Iterator[Output]:
             calibration=calibration if target in rounded else (),
             kept=kept[target.variant].modules,
             described_by=kept[target.variant].described_by,
+            grid_of=grids[target.variant],
             seed=job.options["seed"],
             trust_remote_code=job.trust_remote_code,
         )
@@ -77,6 +81,19 @@ def _kept(job: Job, target: Target, parent: Checkpoint, digests: Mapping[str, st
     return writable(target, keep(target, shapes, digests, job.donors.get(target.variant, ())))
 
 
+def _grid_of(job: Job, target: Target) -> Donor | None:
+    """The quantized source of the dense weights; raise UnsupportedFormat where its grid is asked for and unknown."""
+    if not is_own(target):
+        return None
+    found = next((donor for donor in job.donors.get(target.variant, ()) if donor.ancestor), None)
+    if isinstance(target, GPTQTarget | AWQTarget) and target.grid != "fresh" and not (found and found.made_from):
+        raise UnsupportedFormat(
+            f"{target.variant}: grid {target.grid} needs to know what the source's packed modules were dequantized to, "
+            "which is noted nowhere; run a recipe on the quantized source, or leave grid out"
+        )
+    return found
+
+
 def _notes(target: Target, written: Written, kept: Kept, digests: Mapping[str, str]) -> dict[str, Any]:
     """What stayed dense; by which a later run knows the packed bytes again; and whence those that were copied."""
     notes: dict[str, Any] = {"dense": list(written.dense)}
@@ -84,6 +101,11 @@ def _notes(target: Target, written: Written, kept: Kept, digests: Mapping[str, s
         notes["made_from"] = made
     if kept.modules:
         notes["copied_from"] = kept.counted
+    if written.survival:
+        notes["survival"] = {
+            module: {key: float(f"{value:.6g}") for key, value in asdict(found).items()}
+            for module, found in sorted(written.survival.items())
+        }
     return notes
 
 
@@ -116,7 +138,12 @@ def _check_tokens(ids: Tensor, dense: Checkpoint, *, pad: int | None) -> None:
 
 
 def _metrics(written: Written) -> dict[str, float]:
+    survival: dict[str, float] = {}
+    if found := written.survival:
+        changed = sum(one.changed_codes for one in found.values()) / len(found)
+        survival = {"rounded_away": len(rounded_away(found)), "changed_codes": round(changed, 6)}
     return {
+        **survival,
         "packed_modules": len(written.packed),
         "packed_bits_per_weight": round(written.packed_bits_per_weight, 4),
         "bits_per_weight": round(written.bits_per_weight, 4),

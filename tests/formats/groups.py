@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.checkpoint import Quantization
 from pipeline.formats import Reader
+from pipeline.formats.rounded import Rounded
 from pipeline.shards import TensorGroup
 
 
@@ -39,3 +40,12 @@ def by_rows(reader: Reader, group: TensorGroup, quantization: Quantization, *, s
     count = reader.dense_shape(group, quantization)[0]
     parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
     return torch.cat([reader.dequantize(group, quantization, rows) for rows in parts])
+
+
+def check_same(one: Rounded, other: Rounded) -> None:
+    """The same codes on the same grid, in the same dtypes."""
+    assert one.bits == other.bits
+    for part in ("codes", "scales", "zeros", "groups"):
+        found, expected = getattr(one, part), getattr(other, part)
+        assert found.dtype == expected.dtype, part
+        assert torch.equal(found, expected), part

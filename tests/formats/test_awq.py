@@ -14,7 +14,7 @@ from pipeline.formats import awq
 from pipeline.formats.rounded import Rounded
 from pipeline.jobs import Job
 from pipeline.stages import upcast
-from tests.formats.groups import by_rows, pack_last, packed, quantized
+from tests.formats.groups import by_rows, check_same, pack_last, packed, quantized
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
@@ -87,6 +87,7 @@ def test_what_was_packed_comes_back(seed, group_size):
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
     assert torch.equal(awq.dequantize(packed(again), config), rounded.dense())
+    check_same(awq.unpack(packed(again), config), rounded)
 
 
 @pytest.mark.parametrize(

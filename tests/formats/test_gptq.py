@@ -14,7 +14,7 @@ from pipeline.formats import gptq
 from pipeline.formats.rounded import Rounded
 from pipeline.jobs import Job
 from pipeline.stages import upcast
-from tests.formats.groups import by_rows, pack_last, packed, quantized
+from tests.formats.groups import by_rows, check_same, pack_last, packed, quantized
 
 V2 = {"checkpoint_format": "gptq_v2"}
 
@@ -130,6 +130,22 @@ def test_what_was_rounded_is_read_back_bit_for_bit(bits, seed, group_size, order
     written = packed(gptq.pack(rounded))
     assert torch.equal(gptq.dequantize(written, config), rounded.dense())
     assert gptq.dense_shape(written, config) == (outputs, inputs)
+    check_same(gptq.unpack(written, config), rounded)
+
+
+def test_the_codes_of_v2_come_back_too_and_without_a_g_idx():
+    rounded = gptq.unpack(packed(eight()), quantized("gptq", bits=4, group_size=8, **V2))
+    assert rounded.codes[0].tolist() == [0, 1, 7, 8, 9, 15, 8, 3]
+    assert rounded.zeros.tolist() == [[8]] * 8
+    assert rounded.dense()[0].tolist() == EIGHT
+    without = {name: tensor for name, tensor in eight().items() if name != "g_idx"}
+    check_same(gptq.unpack(packed(without), quantized("gptq", bits=4, group_size=8, **V2)), rounded)
+
+
+def test_a_grid_of_scales_that_are_no_float16_is_not_taken():
+    tensors = eight() | {"scales": torch.ones(1, 8)}
+    with pytest.raises(CheckpointError, match="scales is float32, expected float16"):
+        gptq.unpack(packed(tensors), quantized("gptq", bits=4, group_size=8, **V2))
 
 
 def test_dynamic_gives_a_module_other_bits_and_group_size():

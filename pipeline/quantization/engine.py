@@ -66,7 +66,7 @@ def _passes(orders: Sequence[Order]) -> Iterator[list[Order]]:
 
 def _prepare(order: Order, parent: Checkpoint) -> None:
     """Make the folders; what lies in them is kept only where it was made of these files, rows and options."""
-    mark = order.scratch / "order.sha256"
+    mark = _mark(order)
     stats = [(name, (parent.folder / name).stat()) for name in parent.files]
     files = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats]
     rows = [list(sample) for sample in order.calibration]
@@ -91,11 +91,14 @@ def _round(order: Order, parent: Checkpoint, streamed: Streamed) -> None:
 
 def _calibrate(orders: list[Order], parent: Checkpoint, streamed: Streamed) -> None:
     """One pass for orders that share it."""
-    saved, spill = orders[0].scratch / "state.safetensors", orders[0].scratch
+    # Where the activations are, every one of these orders was, and no other: it is known by them all.
+    together = digest_value([_mark(order).read_text(encoding="utf-8") for order in orders])
+    spill = orders[0].scratch
+    saved = spill / f"state-{together}.safetensors"
     rounders = [rounder_of(order, parent, streamed) for order in orders]
     variants = ", ".join(order.target.variant for order in orders)
     sequential = isinstance(orders[0].target, GPTQTarget) and orders[0].target.sequential
-    state = State.load(saved) if saved.exists() else None  # every order's files up to there were whole before it
+    state = State.load(saved) if saved.exists() else None
     calibration = orders[0].calibration
     asked = frozenset(name for name in streamed.layers if any(_asks(order, streamed, name) for order in orders))
     begin = partial(
@@ -119,6 +122,11 @@ def _asks(order: Order, streamed: Streamed, layer: str) -> bool:
     """Whether a module of the layer is not kept."""
     names = (f"{layer}.{name}.weight" for name in linears_of(streamed.layers[layer]))
     return any(streamed.stored(name).removesuffix(".weight") not in order.kept for name in names)
+
+
+def _mark(order: Order) -> Path:
+    """The file that says what the files beside it were made of."""
+    return order.scratch / "order.sha256"
 
 
 def _piece(order: Order, index: int) -> Path:

@@ -126,6 +126,22 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_repeats_no_layer(tmp_path, d
     assert done == [*range(1, last + 1), *range(last + 1, LAYERS + 1)]
 
 
+def test_a_target_that_joins_after_a_kill_gets_every_layer(tmp_path, dense, monkeypatch):
+    monkeypatch.setattr(engine, "SAVE_EVERY", 0.0)
+    first, joining = orders(tmp_path, dense, "gptq:group_size=32", "awq:group_size=32")
+
+    def dies(event):
+        if isinstance(event, progress.Step) and event.done == LAYERS - 1:
+            raise Killed
+
+    with progress.shown_by(dies), pytest.raises(Killed):
+        engine.write([first])
+    engine.write([first, joining])
+    assert [contents(first), contents(joining)] == made(
+        tmp_path / "alone", dense, "gptq:group_size=32", "awq:group_size=32"
+    )
+
+
 def test_what_another_order_left_is_not_gone_on_from(tmp_path, dense, monkeypatch):
     monkeypatch.setattr(engine, "SAVE_EVERY", 0.0)
     (order,) = orders(tmp_path, dense, "gptq:group_size=32")

@@ -12,26 +12,27 @@ from collections.abc import Mapping
 from pipeline.checkpoint import Checkpoint, architecture_of
 from pipeline.errors import UnsupportedFormat
 from pipeline.sizes import Sizes
-from pipeline.targets import AWQTarget, GPTQTarget, Target
+from pipeline.targets import AWQTarget, GPTQTarget, Target, is_own
 
-_SCALES = "transformers expects scales of its activations, which gptqmodel does not write"
+_SCALES = "transformers expects scales of its activations, which nobody writes"
 _SPLIT = "gptqmodel splits its fused layers, transformers does not"
-# model_type → what goes wrong.
+# model_type → what goes wrong, whoever rounds.
 _NEITHER: Mapping[str, str] = {
-    "gpt2": "its layers keep their weights transposed, which gptqmodel's layers do not",
+    "gpt2": "its layers keep their weights transposed, which packed layers do not",
     "gpt_bigcode": "its code reads weights that packed layers do not have",
-    "gpt_neox": "gptqmodel calls its output head by another name",
     "falcon": "transformers makes no packed layers of it",
     "mpt": "transformers does not find its layers",
+}
+_NO_AWQ: Mapping[str, str] = dict.fromkeys(("bloom", "gpt_neox", "gptj", "starcoder2"), _SCALES)
+# What goes wrong with `engine: gptqmodel` alone.
+_NOT_BY_GPTQMODEL: Mapping[str, str] = {
+    "gpt_neox": "gptqmodel calls its output head by another name",
     "phi3": _SPLIT,
     "glm4": _SPLIT,
     "modernbert": "gptqmodel cannot read its config",
 }
-_NO_AWQ: Mapping[str, str] = {
-    "bloom": "gptqmodel cannot run its attention by itself",
+_NO_AWQ_BY_GPTQMODEL: Mapping[str, str] = {
     "cohere2": "gptqmodel moves no scales into its norms",
-    "gptj": _SCALES,
-    "starcoder2": _SCALES,
     "gemma3_text": "gptqmodel cannot run its layers one by one",
 }
 _BASE_MODEL = re.compile(r"(?<!Head)(?<!Heads)Model$")
@@ -45,20 +46,25 @@ def check_reload(dense: Checkpoint, sizes: Sizes, target: Target) -> None:
     """
     if not isinstance(target, GPTQTarget | AWQTarget):
         return
-    kind = dense.model_type
-    why = _NEITHER.get(kind) or (_NO_AWQ.get(kind) if isinstance(target, AWQTarget) else None)
+    kind, awq = dense.model_type, isinstance(target, AWQTarget)
+    why, remedy = _NEITHER.get(kind) or (_NO_AWQ.get(kind) if awq else None), "quantize to bitsandbytes"
     if why is None and any(".experts." in f"{name}." for name in sizes.shapes):
         why = "transformers joins the experts of a layer, and finds none of those that are packed one by one"
-    if why is None and any(name.endswith(".gate_up_proj.weight") for name in sizes.shapes):
-        why = _SPLIT
     if why is None and _BASE_MODEL.search(architecture_of(dense.config)):
-        why = "it is a base model, and gptqmodel writes an output head that it does not have"
+        why = "it is a base model, and what packs it looks for an output head"
     # A GGUF file calls its layers otherwise, whatever the architecture.
     decoder = dense.is_gguf or any(_DECODER_LAYER.search(name) for name in sizes.linears)
     if why is None and (dense.config.get("is_encoder_decoder") or not decoder):
-        why = "it is no decoder, and gptqmodel packs the layers of decoders"
+        why = "it is no decoder, and only the layers of decoders are found again"
+    if why is None and not is_own(target):
+        why, remedy = _by_gptqmodel(kind, sizes, awq=awq), "leave engine: gptqmodel out"
     if why:
         raise UnsupportedFormat(
-            f"{target.variant}: {kind or 'this architecture'} cannot be reloaded from {target.format} ({why}); "
-            "quantize to bitsandbytes"
+            f"{target.variant}: {kind or 'this architecture'} cannot be reloaded from {target.format} ({why}); {remedy}"
         )
+
+
+def _by_gptqmodel(kind: str, sizes: Sizes, *, awq: bool) -> str | None:
+    why = _NOT_BY_GPTQMODEL.get(kind) or (_NO_AWQ_BY_GPTQMODEL.get(kind) if awq else None)
+    fused = any(name.endswith(".gate_up_proj.weight") for name in sizes.shapes)
+    return why or (_SPLIT if fused else None)

@@ -44,7 +44,6 @@ def mixtral(folder):
         (lambda f: tiny_head(f, "RobertaForSequenceClassification"), "roberta cannot be reloaded .*it is no decoder"),
         (lambda f: tiny_head(f, "LlamaModel"), "llama cannot be reloaded .*base model"),
         (gpt2, "gpt2 cannot be reloaded .*transposed"),
-        (glm, "glm cannot be reloaded .*splits its fused layers"),
         (mixtral, "mixtral cannot be reloaded .*experts"),
     ],
 )
@@ -54,6 +53,15 @@ def test_gptq_and_awq_of_what_does_not_reload_are_refused_and_bitsandbytes_is_no
         check(tmp_path, target)
     check(tmp_path, "nf4")
     check(tmp_path, "int8")
+
+
+@pytest.mark.parametrize("target", ["gptq", "awq"])
+def test_what_gptqmodel_alone_does_wrong_is_refused_for_it_alone(tmp_path, target):
+    glm(tmp_path)
+    check(tmp_path, target)
+    said = rf"{target}-4bit: glm cannot be reloaded .*splits its fused layers.*; leave engine: gptqmodel out$"
+    with pytest.raises(UnsupportedFormat, match=said):
+        check(tmp_path, f"{target}:engine=gptqmodel")
 
 
 @pytest.mark.parametrize("target", ["gptq", "awq", "nf4", "int8"])

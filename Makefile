@@ -18,9 +18,9 @@ demo: setup
 	$(BIN)/python examples/make_data.py
 	$(BIN)/requant run examples/demo.yaml
 
-# A file's tests stay together: they share what they build. Files of few tests take longest, and must not come last.
+# A file's tests stay together: they share what they build.
 test: setup
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

@@ -12,8 +12,6 @@ os.environ.update({**WAITING, "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENA
 
 # A test's first child imports for all that follow it what each would import for itself, which takes 3 to 6 seconds.
 child.PRELOAD = preload("llama")
-if "PYTEST_XDIST_WORKER" in os.environ:  # which runs tests of many files, some of which would start it with less
-    child.warm()
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a worker of pytest-xdist leaves it, to whatever it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,9 +107,9 @@ class Pass:
             {name: tensor.to(streamed.device) for name, tensor in batch.items()} for batch in batches_of(samples)
         ]
 
-    def __iter__(self) -> Iterator[Passed]:
-        """Every layer that is not passed yet, in the order in which the model runs them."""
-        with torch.no_grad(), Strands(self._streamed.model, self._streamed.layers, self._batches) as strands:
+    def __iter__(self) -> Generator[Passed]:
+        """Every layer that is not passed yet, in the model's own order; close it where it is left early."""
+        with Strands(self._streamed.model, self._streamed.layers, self._batches) as strands:
             left = set(self._asked) - set(skipped := self._skip(strands))
             done = len(skipped)
             while left and (name := strands.waiting) is not None:
@@ -125,7 +125,7 @@ class Pass:
         """Whether the state is enough to go on with: what a layer is given beside hidden states comes from no layer."""
         if self._state is None or not self._state.done:
             return True
-        with torch.no_grad(), Strands(self._streamed.model, self._streamed.layers, self._batches[:1]) as strands:
+        with Strands(self._streamed.model, self._streamed.layers, self._batches[:1]) as strands:
             self._skip(strands)
             return _beside(strands.calls()) == self._state.beside
 
@@ -192,7 +192,7 @@ def unasked(streamed: Streamed) -> Iterator[Passed]:
         raise AssertionError("no batch has passed")
 
     for index, name in enumerate(streamed.layers):
-        with torch.no_grad(), streamed.loaded(name) as module:
+        with streamed.loaded(name) as module:
             yield Passed(index=index, name=name, module=module, grams={}, run=nothing, state=nothing)
 
 

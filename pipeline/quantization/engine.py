@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -109,13 +110,14 @@ def _calibrate(orders: list[Order], parent: Checkpoint, streamed: Streamed) -> N
         state, going = None, begin()
     total = len(streamed.layers)
     since = time.monotonic()
-    for passed in going:
-        for order, rounder in zip(orders, rounders, strict=True):
-            _keep(_piece(order, passed.index), rounder(passed), rounder.survivors())
-        if time.monotonic() - since >= SAVE_EVERY and passed.index + 1 < total:
-            passed.state().save(saved)
-            since = time.monotonic()
-        progress.step("quantize", done=passed.index + 1, total=total, unit=f"{variants} layers")
+    with closing(iter(going)) as layers:
+        for passed in layers:
+            for order, rounder in zip(orders, rounders, strict=True):
+                _keep(_piece(order, passed.index), rounder(passed), rounder.survivors())
+            if time.monotonic() - since >= SAVE_EVERY and passed.index + 1 < total:
+                passed.state().save(saved)
+                since = time.monotonic()
+            progress.step("quantize", done=passed.index + 1, total=total, unit=f"{variants} layers")
 
 
 def _asks(order: Order, streamed: Streamed, layer: str) -> bool:

@@ -80,7 +80,8 @@ class Strands:
 
     def compute(self, call: Call) -> Any:
         """What the layer gives for a call."""
-        return self._forwards[call.layer](*call.arguments, **call.named)
+        with torch.no_grad():
+            return self._forwards[call.layer](*call.arguments, **call.named)
 
     def calls(self) -> list[Call]:
         """Every batch's call of the layer that they wait for."""

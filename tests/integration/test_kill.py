@@ -86,8 +86,13 @@ def test_killed_in_each_stage_a_run_ends_whole_and_goes_on_without_repeating_a_s
         mark = uuid.uuid4().hex
         run = start(root, "killed", mark)
         assert run.stderr is not None
-        seen = next((line for line in run.stderr if line.startswith((f"{stage}: ", f"{stage} "))), None)
-        assert seen, f"{stage} never said that it works"
+        said = []
+        for line in run.stderr:
+            said.append(line)
+            if line.startswith((f"{stage}: ", f"{stage} ")):
+                break
+        else:
+            pytest.fail(f"{stage} never said that it works: {''.join(said)}")
         run.send_signal(signal.SIGKILL)
         run.wait()
         deadline = time.monotonic() + GONE_SECONDS

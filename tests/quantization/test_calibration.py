@@ -166,6 +166,14 @@ def test_replaced_weights_are_what_later_layers_are_calibrated_on(tmp_path):
             assert torch.allclose(gram.double(), x.T @ x, rtol=1e-4, atol=1e-5)
 
 
+def test_a_pass_that_is_left_early_leaves_gradients_on(tmp_path):
+    _, checkpoint = saved(tmp_path, "llama, tied")
+    going = iter(Pass(streamed(checkpoint), samples(), spill=tmp_path))
+    next(going)
+    assert torch.is_grad_enabled()
+    going.close()
+
+
 def test_inputs_that_are_no_numbers_are_named_by_layer(tmp_path):
     def overflow(model):
         model.model.layers[1].post_attention_layernorm.weight.data[3] = torch.inf

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import sys
+
+import pytest
 
 from pipeline import child
 from pipeline.child import WAITING
@@ -15,3 +18,10 @@ child.PRELOAD = preload("llama")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a worker of pytest-xdist leaves it, to whatever it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _gradients():
+    """Each test begins with gradients on, whatever one before it in this process switched off and left so."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_grad_enabled(True)

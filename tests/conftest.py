@@ -20,8 +20,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a worker of pytest-x
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(autouse=True)
-def _gradients():
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
     """Each test begins with gradients on, whatever one before it in this process switched off and left so."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_grad_enabled(True)

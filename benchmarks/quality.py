@@ -49,9 +49,10 @@ class Judged:
 
 def answers(model: Any, windows: Tensor) -> Iterator[Tensor]:
     """The log-probabilities of windows [W, L] of token ids, a few at a time: float32 [w, L - 1, V]."""
-    with torch.inference_mode():
-        for ids in windows.split(BATCH):
-            yield torch.log_softmax(model(ids).logits[:, :-1], -1)
+    for ids in windows.split(BATCH):
+        with torch.inference_mode():  # never around a yield: it would hold for the caller
+            scores = torch.log_softmax(model(ids).logits[:, :-1], -1)
+        yield scores
 
 
 def judge(dense: Iterable[Tensor], model: Any, windows: Tensor) -> Judged:

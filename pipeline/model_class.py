@@ -24,7 +24,8 @@ def class_of(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> A
             if auto.startswith("AutoModel") and str(place).rpartition(".")[2] == name and hasattr(transformers, auto):
                 return getattr(transformers, auto)
     named = getattr(transformers, name, None)
-    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+    base = transformers.PreTrainedModel  # never built itself: it would keep, for every class, what it finds of its own
+    if isinstance(named, type) and issubclass(named, base) and named is not base:
         return named
     return transformers.AutoModelForCausalLM
 

@@ -20,8 +20,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a worker of pytest-x
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup():
-    """Each test begins with gradients on, whatever one before it in this process switched off and left so."""
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_grad_enabled(True)
+@pytest.fixture(autouse=True)
+def gradients_stay_on():
+    """A test that leaves gradients off in its process fails itself, and not those that follow it there."""
+    yield
+    if torch := sys.modules.get("torch"):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()

@@ -20,6 +20,7 @@ OWN = {
         ({"architectures": None}, False, transformers.AutoModelForCausalLM),
         ({"architectures": ["Marvel"]}, False, transformers.AutoModelForCausalLM),
         ({"architectures": ["AutoConfig"]}, False, transformers.AutoModelForCausalLM),
+        ({"architectures": ["PreTrainedModel"]}, False, transformers.AutoModelForCausalLM),
         (OWN, True, transformers.AutoModelForMaskedLM),
         (OWN, False, transformers.AutoModelForCausalLM),
         ({**OWN, "auto_map": ["AutoModel"]}, True, transformers.AutoModelForCausalLM),

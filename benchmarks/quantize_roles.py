@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import measuring
 import torch
+from measuring import Work
 from quality import answers, judge, loaded
 from torch import nn
 
@@ -25,7 +25,6 @@ from pipeline.targets import Target, parse_target
 
 GROUP = 128
 TARGETS = {"GPTQ": f"gptq:bits=4,group_size={GROUP}", "AWQ": f"awq:group_size={GROUP}", "NF4": "nf4"}
-Work = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,26 +172,11 @@ def measured(role: str, folder: Path, draw: int) -> dict[str, float]:
     case = Case(dense=folder / "dense", samples=tuple(map(tuple, samples)), out=out, seed=draw)
     for module in ROLES[role].imports:
         importlib.import_module(module)
-    before, peak, done = _anonymous(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            peak[0] = max(peak[0], _anonymous() - before)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    work = ROLES[role].prepare(case)
-    os.sync()  # what was written before is not this role's
-    started = time.perf_counter()
-    work()
-    os.sync()
-    seconds = time.perf_counter() - started
-    done.set()
-    watcher.join()
+    result = measuring.measured(lambda: ROLES[role].prepare(case))
     for path in out.glob("*.scratch"):
         shutil.rmtree(path)
     size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
-    return {"seconds": seconds, "memory": peak[0], "size": size}
+    return {**result, "size": size}
 
 
 def judge_all(folder: Path) -> None:
@@ -211,11 +195,3 @@ def judge_all(folder: Path) -> None:
 def out_of(folder: Path, role: str, draw: int) -> Path:
     """Where a role leaves what it makes of a calibration draw: a folder for each format."""
     return folder / "out" / str(draw) / role.replace(": ", "-").replace(" ", "-")
-
-
-def _anonymous() -> int:
-    """Bytes of anonymous memory of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status names no RssAnon")

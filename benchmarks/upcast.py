@@ -18,14 +18,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import synthetic
 import synthetic_gguf
 import torch
+from measuring import Work, measured
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -36,7 +35,6 @@ from pipeline.preloading import preload
 SIZES = {"half": synthetic.HALF_BILLION, "two": synthetic.TWO_BILLION, "tiny": synthetic.TINY}
 DEFAULT = ["nf4", "int8", "gptq", "awq", "fp8"]  # eight minutes on two cores
 Result = dict[str, float]
-Work = Callable[[], None]
 
 
 def main() -> None:
@@ -112,22 +110,8 @@ def _measured(role: str, name: str, folder: Path, size: synthetic.Size) -> Resul
     for module in preload("llama"):
         importlib.import_module(module)
     work = ROLES[role][0](source, out, size)
-    before, peak, done = _anonymous(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            peak[0] = max(peak[0], _anonymous() - before)
-
-    os.sync()  # what was written before is not this role's
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    started = time.perf_counter()
-    work()
-    os.sync()
-    seconds = time.perf_counter() - started
-    done.set()
-    watcher.join()
-    return {"seconds": seconds, "memory": peak[0], "error": 0.0 if role == "copy" else _error(name, source, out)}
+    result = measured(lambda: work)
+    return {**result, "error": 0.0 if role == "copy" else _error(name, source, out)}
 
 
 def _copy(source: Path, out: Path, size: synthetic.Size) -> Work:
@@ -226,14 +210,6 @@ def _error(name: str, source: Path, out: Path) -> float:
             expected = synthetic.truth(name, parts).bfloat16().float()
             worst = max(worst, float((written[f"{module}.weight"].float() - expected).abs().max()))
     return worst
-
-
-def _anonymous() -> int:
-    """Bytes of anonymous memory of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status names no RssAnon")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,16 @@ def digest_packed(module: str, parts: Iterable[str], tensors: Mapping[str, str])
     return digest_value([[part.lstrip("._"), tensors[module + part]] for part in parts])
 
 
+def file_marks(folder: Path, names: Iterable[str]) -> list[list[str | int]]:
+    """By which files are known again without reading them: name, size, mtime and inode of each."""
+    return [[name, *_mark(folder / name)] for name in names]
+
+
+def _mark(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
 class DigestCache:
     """File digests by path, size, mtime and inode, kept in the user's cache folder.
 
@@ -79,8 +89,7 @@ class DigestCache:
     def file(self, path: Path) -> str:
         """The digest of one file."""
         real = path.resolve()
-        stat = real.stat()
-        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        mark = _mark(real)
         known = self._known.get(str(real))
         if known and known[:3] == mark:
             return str(known[3])

@@ -30,6 +30,9 @@ say anything: what a terminal would act on is shown by its escape, and what is l
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 MOST_CHARACTERS = 1500
 
 
@@ -40,6 +43,15 @@ class RequantError(Exception):
 
     def __init__(self, message: str, *rest: object) -> None:
         super().__init__(one_line(message), *rest)
+
+
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """Put before what is raised inside the name of what it is about."""
+    try:
+        yield
+    except RequantError as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 class InputError(RequantError):

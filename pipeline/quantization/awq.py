@@ -14,37 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.errors import NonFinite
-from pipeline.formats.rounded import Rounded
-
 ALPHAS = 20  # as AutoAWQ
 SHRINKS = tuple(1 - step / 20 for step in range(11))  # 1.0 to 0.5, as AutoAWQ
 SMALLEST = 2.0**-24  # float16's smallest value: a scale is never 0
 ROWS_AT_ONCE = 2**20  # weights in a chunk of rows: a few copies of it stay in a processor's cache
-
-
-def round_awq(weight: Tensor, *, group_size: int, bits: int = 4) -> Rounded:
-    """Float32 `weight` [O, I] rounded to the nearest code of an asymmetric grid for each `group_size` inputs.
-
-    The grid spans 0 and the group's extremes: scale (max - min) / (2 ** bits - 1) in float16, zero point
-    round(-min / scale), and the codes are the nearest for these. AutoAWQ (`pseudo_quantize_tensor`) leaves the 0 out,
-    which is the same for groups of both signs and ruins those of one. Raise NonFinite where a scale is too large for
-    float16 or a weight is no number; the caller knows the layer's name.
-    """
-    outputs, inputs = weight.shape
-    size = _size(inputs, group_size)
-    codes = torch.empty(outputs, inputs, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(outputs, inputs // size, dtype=torch.float16, device=weight.device)
-    zeros = torch.empty(outputs, inputs // size, dtype=torch.uint8, device=weight.device)
-    for rows in _chunks(outputs, inputs):
-        grouped = _grouped(weight[rows], size)
-        scale, zero = _grid(grouped, bits)
-        codes[rows] = _codes(grouped, scale, zero, bits).flatten(1).to(torch.uint8)
-        scales[rows], zeros[rows] = scale.squeeze(2).half(), zero.squeeze(2).to(torch.uint8)
-    if not bool(scales.isfinite().all()):
-        raise NonFinite("a weight is no number, or too large for a float16 scale; train again with a lower rate")
-    groups = torch.arange(inputs, dtype=torch.int32, device=weight.device) // size
-    return Rounded(bits=bits, codes=codes, scales=scales, zeros=zeros, groups=groups)
 
 
 def scaled(gram: Tensor, scales: Tensor) -> Tensor:

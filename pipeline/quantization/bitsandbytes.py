@@ -6,7 +6,6 @@ what they are packed into is `pipeline.formats`' arithmetic.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 from pipeline import progress
 from pipeline.catalog import format_to
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import NonFinite, ReloadMismatch
+from pipeline.errors import ReloadMismatch, about
 from pipeline.formats import bnb_4bit_pack, bnb_int8
 from pipeline.formats.bnb_4bit_pack import Shapes
 from pipeline.quantization.copies import Copies
@@ -73,16 +72,16 @@ def _write_weights(
     """Every tensor of the parent in its order, packed, copied or as it is."""
     with ShardWriter(order.out, _shapes(target, parent, modules, copies)) as writer:
         for name in _counted(parent.tensors, f"{target.variant} tensors"):
-            stored = _stored(parent, name)
             if copied := copies.parts.get(name.removesuffix(".weight")):
                 for part in copied:
                     writer.write(part, copies[part])
                 continue
+            stored = _stored(parent, name)
             if name not in modules:
                 check_finite(name, stored)
                 writer.write(name, stored)
                 continue
-            with _named(name):
+            with about(name):
                 parts = _pack(target, modules[name].weight(stored))
             for part, tensor in parts.items():
                 writer.write(f"{modules[name].name}.{part}", tensor)
@@ -110,7 +109,7 @@ def _shapes(
             continue
         module = modules[name]
         stored = _stored(parent, name) if reads else torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
-        with _named(name):
+        with about(name):
             found = _packed_shapes(target, module.weight(stored))
         shapes |= {f"{module.name}.{part}": (DTYPE_NAMES[dtype], shape) for part, (dtype, shape) in found.items()}
     return shapes
@@ -134,15 +133,6 @@ def _counted(names: Collection[str], unit: str) -> Iterator[str]:
         progress.step("quantize", done=done, total=len(names), unit=unit)
         yield name
     progress.step("quantize", done=len(names), total=len(names), unit=unit)
-
-
-@contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Give what is raised of a weight its name."""
-    try:
-        yield
-    except NonFinite as error:
-        raise NonFinite(f"{name}: {error}") from error
 
 
 def _modules(parent: Checkpoint, spared: list[str] | None, *, trust_remote_code: bool) -> dict[str, _Module]:

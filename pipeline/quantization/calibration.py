@@ -7,7 +7,6 @@ is one layer, its Gram matrices and the activations of all batches, which lie in
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline import tensor_file
 from pipeline.digests import digest_value
 from pipeline.quantization.grams import Grams
 from pipeline.quantization.strands import Call, Strands
@@ -42,13 +41,9 @@ class State:
     beside: str
 
     def save(self, path: Path) -> None:
-        """Write it beside `path`, then put it there."""
+        """Write it to `path`, whole or not at all."""
         said = json.dumps({"done": self.done, "tupled": self.tupled, "beside": self.beside})
-        part = path.with_name(f"{path.name}.part")
-        save_file({str(i): tensor for i, tensor in enumerate(self.hidden)}, part, metadata={"state": said})
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.rename(path)
+        tensor_file.save(path, {str(i): tensor for i, tensor in enumerate(self.hidden)}, metadata={"state": said})
 
     @staticmethod
     def load(path: Path) -> State:

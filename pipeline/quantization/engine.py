@@ -8,25 +8,23 @@ of these files and the parent, as with any other writer.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import safe_open
 
-from pipeline import progress
+from pipeline import progress, tensor_file
 from pipeline.checkpoint import INDEX, Checkpoint
-from pipeline.digests import digest_value
+from pipeline.digests import digest_value, file_marks
 from pipeline.evaluation.load import device
-from pipeline.quantization.calibration import Pass, State, unasked
+from pipeline.quantization.calibration import Pass, Passed, State, unasked
 from pipeline.quantization.folder import Order, Written, scan, write_folder
-from pipeline.quantization.rounders import rounder_of
+from pipeline.quantization.rounders import Rounder, rounder_of
 from pipeline.quantization.streamed import Streamed, linears_of
 from pipeline.quantization.survival import Survival, sentence
 from pipeline.shards import ShardReader
@@ -48,33 +46,53 @@ def write(orders: Sequence[Order]) -> list[Written]:
         _prepare(order, parent)
     with ShardReader(parent) as reader:
         streamed = Streamed(parent, reader.__getitem__, device=device(), trust_remote_code=orders[0].trust_remote_code)
-        for order in orders:
-            if not order.target.calibrated:
-                _round(order, parent, streamed)
-        for together in _passes([order for order in orders if order.target.calibrated]):
-            _calibrate(together, parent, streamed)
-    return [_finish(order, parent, streamed) for order in orders]
+        works = [_Work(order=order, rounder=rounder_of(order, parent, streamed)) for order in orders]
+        for work in works:
+            if not work.order.target.calibrated:
+                _round(work, streamed)
+        for together in _passes([work for work in works if work.order.target.calibrated]):
+            _calibrate(together, streamed)
+        return [_finish(work, parent) for work in works]
 
 
-def _passes(orders: Sequence[Order]) -> Iterator[list[Order]]:
-    """The orders that one pass serves: all that take dense inputs, and by itself each that is sequential."""
-    sequential = [order for order in orders if isinstance(order.target, GPTQTarget) and order.target.sequential]
-    if dense := [order for order in orders if order not in sequential]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """An order and who rounds for it."""
+
+    order: Order
+    rounder: Rounder
+
+    @property
+    def sequential(self) -> bool:
+        """Whether it is calibrated on its own quantized layers."""
+        return isinstance(self.order.target, GPTQTarget) and self.order.target.sequential
+
+    def keep(self, passed: Passed) -> None:
+        """Round a layer; what it gives lies on the disk."""
+        tensors = self.rounder(passed)
+        whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        said = {module: asdict(found) for module, found in self.rounder.survivors().items()}
+        path = self.order.scratch / "made" / f"layer-{passed.index:05d}.safetensors"
+        tensor_file.save(path, whole, metadata={"survival": json.dumps(said)})
+
+
+def _passes(works: Sequence[_Work]) -> Iterator[list[_Work]]:
+    """The works that one pass serves: all that take dense inputs, and by itself each that is sequential."""
+    if dense := [work for work in works if not work.sequential]:
         yield dense
-    for order in sequential:
-        yield [order]
+    for work in works:
+        if work.sequential:
+            yield [work]
 
 
 def _prepare(order: Order, parent: Checkpoint) -> None:
     """Make the folders; what lies in them is kept only where it was made of these files, rows and options."""
     mark = _mark(order)
-    stats = [(name, (parent.folder / name).stat()) for name in parent.files]
-    files = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats]
     rows = [list(sample) for sample in order.calibration]
     options = order.target.model_dump(exclude={"name"})
     kept = {module: donor.folded for module, donor in order.kept.items()}
     grid = dict(order.grid_of.packed) if order.grid_of else {}
-    identity = digest_value([VERSION, files, options, rows, kept, grid])
+    identity = digest_value([VERSION, file_marks(parent.folder, parent.files), options, rows, kept, grid])
     if not (mark.exists() and mark.read_text(encoding="utf-8") == identity):
         shutil.rmtree(order.scratch, ignore_errors=True)
     shutil.rmtree(order.out, ignore_errors=True)
@@ -82,29 +100,27 @@ def _prepare(order: Order, parent: Checkpoint) -> None:
     mark.write_text(identity, encoding="utf-8")
 
 
-def _round(order: Order, parent: Checkpoint, streamed: Streamed) -> None:
+def _round(work: _Work, streamed: Streamed) -> None:
     """Every layer of an order that asks nothing of the calibration rows."""
-    rounder, total = rounder_of(order, parent, streamed), len(streamed.layers)
     for passed in unasked(streamed):
-        _keep(_piece(order, passed.index), rounder(passed), rounder.survivors())
-        progress.step("quantize", done=passed.index + 1, total=total, unit=f"{order.target.variant} layers")
+        work.keep(passed)
+        unit = f"{work.order.target.variant} layers"
+        progress.step("quantize", done=passed.index + 1, total=len(streamed.layers), unit=unit)
 
 
-def _calibrate(orders: list[Order], parent: Checkpoint, streamed: Streamed) -> None:
+def _calibrate(works: list[_Work], streamed: Streamed) -> None:
     """One pass for orders that share it."""
+    orders = [work.order for work in works]
     # Where the activations are, every one of these orders was, and no other: it is known by them all.
     together = digest_value([_mark(order).read_text(encoding="utf-8") for order in orders])
     spill = orders[0].scratch
     saved = spill / f"state-{together}.safetensors"
-    rounders = [rounder_of(order, parent, streamed) for order in orders]
     variants = ", ".join(order.target.variant for order in orders)
-    sequential = isinstance(orders[0].target, GPTQTarget) and orders[0].target.sequential
     state = State.load(saved) if saved.exists() else None
     calibration = orders[0].calibration
     asked = frozenset(name for name in streamed.layers if any(_asks(order, streamed, name) for order in orders))
-    begin = partial(
-        Pass, streamed, calibration, spill=spill, replace=rounders[0].replace if sequential else None, asked=asked
-    )
+    replaced = works[0].rounder.replace if works[0].sequential else None
+    begin = partial(Pass, streamed, calibration, spill=spill, replace=replaced, asked=asked)
     going = begin(state=state)
     if not going.fits():
         state, going = None, begin()
@@ -112,8 +128,8 @@ def _calibrate(orders: list[Order], parent: Checkpoint, streamed: Streamed) -> N
     since = time.monotonic()
     with closing(iter(going)) as layers:
         for passed in layers:
-            for order, rounder in zip(orders, rounders, strict=True):
-                _keep(_piece(order, passed.index), rounder(passed), rounder.survivors())
+            for work in works:
+                work.keep(passed)
             if time.monotonic() - since >= SAVE_EVERY and passed.index + 1 < total:
                 passed.state().save(saved)
                 since = time.monotonic()
@@ -131,23 +147,9 @@ def _mark(order: Order) -> Path:
     return order.scratch / "order.sha256"
 
 
-def _piece(order: Order, index: int) -> Path:
-    return order.scratch / "made" / f"layer-{index:05d}.safetensors"
-
-
-def _keep(path: Path, tensors: Mapping[str, Tensor], survivors: Mapping[str, Survival]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    said = {module: asdict(found) for module, found in survivors.items()}
-    save_file(whole, part, metadata={"survival": json.dumps(said)})
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.rename(path)
-
-
-def _finish(order: Order, parent: Checkpoint, streamed: Streamed) -> Written:
+def _finish(work: _Work, parent: Checkpoint) -> Written:
     """The folder, from the files of all layers."""
-    folder = order.scratch / "made"
+    order, folder = work.order, work.order.scratch / "made"
     paths = sorted(folder.glob("layer-*.safetensors"))
     (folder / "config.json").write_text(json.dumps(parent.config), encoding="utf-8")
     index: dict[str, str] = {}
@@ -157,10 +159,9 @@ def _finish(order: Order, parent: Checkpoint, streamed: Streamed) -> Written:
         index |= dict.fromkeys(names, path.name)
         survivors |= survived
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8")
-    config = rounder_of(order, parent, streamed).config()
     made = Checkpoint.open(folder)
     assert isinstance(order.target, GPTQTarget | AWQTarget)
-    written = write_folder(order, parent, made, quantization=config, scaled=order.target.format == "awq")
+    written = write_folder(order, parent, made, quantization=work.rounder.config(), scaled=order.target.format == "awq")
     if said := sentence(order.target.variant, survivors, grid=order.target.grid):
         progress.message("quantize", said)
     return replace(written, survival=survivors)
@@ -168,8 +169,6 @@ def _finish(order: Order, parent: Checkpoint, streamed: Streamed) -> Written:
 
 def _inside(path: Path) -> tuple[list[str], dict[str, Survival]]:
     """The names of a layer's tensors, and what became of its changed modules."""
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         said = json.loads(file.metadata()["survival"])
         return list(file.keys()), {module: Survival(**found) for module, found in said.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.formats.rounded import Rounded, split, stack
-from pipeline.quantization.awq import clip, round_awq
+from pipeline.quantization.awq import clip
 from pipeline.quantization.gptq import round_gptq, trace_error
 from pipeline.quantization.grids import nearest, onto
 from pipeline.targets import AWQTarget, GPTQTarget, Grid
@@ -56,10 +56,15 @@ def anew_by_gptq(weights: Weights, *, gram: Tensor | None, target: GPTQTarget) -
 
 
 def anew_by_awq(weights: Weights, *, gram: Tensor, target: AWQTarget) -> dict[str, Rounded]:
-    """Modules of one input, stacked, on AWQ's grid: each weight by itself, or, what halves the divergence, by GPTQ."""
+    """Modules of one input, stacked, on AWQ's grid: each weight by itself, or, what halves the divergence, by GPTQ.
+
+    The grid spans its group's extremes and 0. AutoAWQ's (`pseudo_quantize_tensor`) leaves the 0 out, which is the same
+    for groups of both signs and ruins those of one.
+    """
     size, weight = target.group_size, torch.cat([*weights.values()])
     clips = target.rounding == "nearest" if target.clip is None else target.clip
-    grid = round_awq(clip(weight, gram, group_size=size) if clips else weight, group_size=size)
+    ranged = clip(weight, gram, group_size=size) if clips else weight
+    grid = nearest(ranged, bits=target.bits, group_size=size, symmetric=False)
     return _apart(weights, _onto(weight, grid, gram, on_awq_grid(target)) if target.rounding == "gptq" else grid)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import RequantError
+from pipeline.errors import about
 from pipeline.formats import awq as awq_layout
 from pipeline.formats import gptq as gptq_layout
 from pipeline.formats.rounded import Rounded
@@ -106,7 +106,7 @@ class GPTQ:
             weights = {name: _weight(passed, name) for name in names}
             stored = _stored(self._grids, self._streamed, passed, weights)
             fresh = partial(anew_by_gptq, gram=gram, target=target)
-            with _named(passed, names[0]):
+            with about(f"{passed.name}.{names[0]}"):
                 found = settle(weights, stored, gram, grid=target.grid, target=target, fresh=fresh)
             yield from found.items()
 
@@ -140,7 +140,7 @@ class AWQ:
             stored = _stored(self._grids, self._streamed, passed, {name: before[f"{name}.weight"] for name in names})
             weights = {name: tensors[f"{name}.weight"] for name in names}
             fresh, target = partial(anew_by_awq, gram=gram, target=self._target), on_awq_grid(self._target)
-            with _named(passed, names[0]):
+            with about(f"{passed.name}.{names[0]}"):
                 rounded |= settle(weights, stored, gram, grid=self._target.grid, target=target, fresh=fresh)
         folded = {
             self._streamed.stored(f"{passed.name}.{name}"): tensor
@@ -204,7 +204,7 @@ class AWQ:
             names = next((names for names in grams if set(names) & set(modules)), None)
             if names is None:
                 continue
-            with _named(passed, modules[0]):
+            with about(f"{passed.name}.{modules[0]}"):
                 weights = [tensors[f"{name}.weight"] for name in names]
                 found = search_scales(weights, grams[names], group_size=self._target.group_size, tie=fold.tied)
             producer = self._parent.tensors[self._streamed.stored(f"{passed.name}.{fold.producer}.weight")]
@@ -260,12 +260,3 @@ def _holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
 
 def _close(found: Tensor, expected: Tensor) -> bool:
     return float((found - expected).norm()) <= CLOSE * float(expected.norm())
-
-
-@contextmanager
-def _named(passed: Passed, module: str) -> Iterator[None]:
-    """Say of which module an error is."""
-    try:
-        yield
-    except RequantError as error:
-        raise type(error)(f"{passed.name}.{module}: {error}") from error

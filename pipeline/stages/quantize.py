@@ -1,4 +1,4 @@
-"""Quantize: one dense checkpoint becomes several quantized ones, each written by its library in a process of its own.
+"""Quantize: one dense checkpoint becomes several quantized ones, each written in a process that is not this one.
 
 Everything that can be known to fail is checked before the first of them starts.
 """
@@ -42,7 +42,7 @@ def run(job: Job) -> Iterator[Output]:
     kept = {target.variant: _kept(job, target, parent, digests) for target in targets}
     grids = {target.variant: _grid_of(job, target) for target in targets}
     rounded = [target for target in targets if target.calibrated and not kept[target.variant].described_by]
-    calibration = _calibration(job) if rounded else ()
+    calibration = _calibration(job, parent) if rounded else ()
     orders = [
         Order(
             dense=job.inputs["dense"].resolve(),
@@ -109,7 +109,7 @@ def _notes(target: Target, written: Written, kept: Kept, digests: Mapping[str, s
     return notes
 
 
-def _calibration(job: Job) -> tuple[tuple[int, ...], ...]:
+def _calibration(job: Job, parent: Checkpoint) -> tuple[tuple[int, ...], ...]:
     """Token ids, a tuple for each sample."""
     tokenizer = load_tokenizer(job.inputs["dense"], trust_remote_code=job.trust_remote_code)
     options = job.options["calibration"]
@@ -120,7 +120,7 @@ def _calibration(job: Job) -> tuple[tuple[int, ...], ...]:
         length=options["sequence_length"],
         seed=job.options["seed"],
     )
-    _check_tokens(ids, Checkpoint.open(job.inputs["dense"]), pad=tokenizer.pad_token_id)
+    _check_tokens(ids, parent, pad=tokenizer.pad_token_id)
     return tuple(tuple(sample) for sample in ids.tolist())
 
 

@@ -20,7 +20,7 @@ import torch
 from pipeline import pairing, progress
 from pipeline.catalog import format_of
 from pipeline.checkpoint import QUANTIZATION_KEYS, Checkpoint, copy_companions, read_json
-from pipeline.digests import digest_value
+from pipeline.digests import digest_value, file_marks
 from pipeline.jobs import Job, Output
 from pipeline.shard_writer import MAX_SHARD_BYTES, ShardWriter
 from pipeline.upcasting import stream
@@ -70,9 +70,7 @@ def run(job: Job) -> Iterator[Output]:
 def _prepare(job: Job, checkpoint: Checkpoint) -> Path:
     """The folder to write to; shards that lie there are kept only where they were made of these files and options."""
     out, mark = job.workspace / "out", job.workspace / "source.sha256"
-    stats = [(name, (checkpoint.folder / name).stat()) for name in checkpoint.files]
-    files = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats]
-    identity = digest_value([files, dict(job.options)])
+    identity = digest_value([file_marks(checkpoint.folder, checkpoint.files), dict(job.options)])
     same = mark.exists() and mark.read_text(encoding="utf-8") == identity
     shards = {path.name: path.rename(job.workspace / path.name) for path in out.glob("*.safetensors") if same}
     shutil.rmtree(out, ignore_errors=True)

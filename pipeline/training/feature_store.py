@@ -26,10 +26,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline import progress
+from pipeline import progress, tensor_file
 from pipeline.digests import digest_value
 from pipeline.errors import NoSpace
 
@@ -145,12 +144,8 @@ class FeatureSet:
     def _write_index(self, vectors: str, places: Mapping[bytes, tuple[int, int]]) -> None:
         keys = torch.frombuffer(bytearray(b"".join(places)), dtype=torch.uint8).view(-1, KEY)
         where = torch.tensor(list(places.values()), dtype=torch.int64)
-        beside = self.folder / f"{INDEX}.part"
         said = {"vectors": vectors, "digest": _digest(keys, where)}
-        save_file({"keys": keys, "places": where}, beside, metadata=said)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.rename(self.folder / INDEX)
+        tensor_file.save(self.folder / INDEX, {"keys": keys, "places": where}, metadata=said)
 
     def _size(self) -> int:
         return _bytes(self.folder)

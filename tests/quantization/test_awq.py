@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import NonFinite
 from pipeline.formats import awq as layout
-from pipeline.quantization.awq import clip, round_awq, scaled, search_scales
+from pipeline.quantization.awq import clip, scaled, search_scales
+from pipeline.quantization.grids import nearest
 from pipeline.shards import ShardReader, TensorGroup
 from tests.formats.groups import packed, quantized
 
@@ -22,6 +23,10 @@ def error(change, gram):
     """tr(D H D^T) in float64, as it is written."""
     change = change.double()
     return float((change @ gram.double() @ change.T).trace())
+
+
+def round_awq(weight, *, group_size):
+    return nearest(weight, bits=4, group_size=group_size, symmetric=False)
 
 
 def rounding_error(weight, gram, group_size):
@@ -87,7 +92,7 @@ def test_every_weight_is_within_half_a_step_and_packs_to_what_it_is(seed, size, 
 def test_what_float16_cannot_scale_is_refused(value):
     weight = torch.ones(8, 16)
     weight[5, 5] = value
-    with pytest.raises(NonFinite, match="no number, or too large for a float16 scale"):
+    with pytest.raises(NonFinite, match="NaN, or values so large that no float16 scale"):
         round_awq(weight, group_size=16)
 
 

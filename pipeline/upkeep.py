@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -14,7 +15,7 @@ from pipeline.artifacts import Artifact, Store
 from pipeline.errors import NotInStore, StoreCorrupt
 from pipeline.manifest import read_content
 
-STALE_WORK = 7 * 24 * 3600.0  # seconds; younger work may be resumed
+STALE = 7 * 24 * 3600.0  # seconds; younger work may be resumed, younger features used again
 
 
 def verify(artifact: Artifact) -> None:
@@ -72,7 +73,8 @@ class Collected:
 def collect(store: Store, *, keep: int | None) -> Collected:
     """Remove all but the newest `keep` versions of each variant (None: all stay) and every file no version holds.
 
-    A version that an alias points at stays, and so does every ancestor of a version that stays.
+    A version that an alias points at stays, and so does every ancestor of a version that stays. What a killed run left,
+    and the features of frozen backbones, go where nothing touched them for a week; of these only features are counted.
     """
     if keep is not None and keep < 1:
         raise NotInStore(f"gc --keep {keep}: keep at least 1 version of each variant")
@@ -83,7 +85,8 @@ def collect(store: Store, *, keep: int | None) -> Collected:
         for artifact in removed:
             _discard(store, artifact.path)
         _drop_stale_work(store.private / "work")
-        files, nbytes = _drop_unlinked(store.private)
+        found = [_drop_unlinked(store.private), _drop_stale_features(store.private / "features")]
+    files, nbytes = (sum(counts) for counts in zip(*found, strict=True))
     return Collected(versions=tuple(artifact.reference for artifact in removed), files=files, nbytes=nbytes)
 
 
@@ -121,18 +124,36 @@ def _drop_stale_work(work: Path) -> None:
     """Remove the work folders that no run holds and that nobody touched for a week."""
     for folder in [path for path in work.iterdir() if path.is_dir()] if work.is_dir() else []:
         newest = max((path.lstat().st_mtime for path in (folder, *folder.rglob("*"))), default=0.0)
-        if time.time() - newest < STALE_WORK:
+        if time.time() - newest < STALE:
             continue
-        lock = folder.with_suffix(".lock")
-        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(BlockingIOError), _held(folder.with_suffix(".lock")):
             shutil.rmtree(folder)
-            lock.unlink()
-        except BlockingIOError:
+            folder.with_suffix(".lock").unlink()
+
+
+def _drop_stale_features(root: Path) -> tuple[int, int]:
+    """Remove the sets of features that no run computes and none used for a week; a set's identity says when it was."""
+    files = nbytes = 0
+    for identity in [*root.glob("*/identity.json")]:
+        if time.time() - identity.stat().st_mtime < STALE:
             continue
-        finally:
-            os.close(handle)
+        # The lock stays: whoever waits for it must wait for the same file as those who come later.
+        with contextlib.suppress(BlockingIOError), _held(identity.parent.with_suffix(".run")):
+            sizes = [path.stat().st_size for path in identity.parent.iterdir()]
+            shutil.rmtree(identity.parent)
+            files, nbytes = files + len(sizes), nbytes + sum(sizes)
+    return files, nbytes
+
+
+@contextlib.contextmanager
+def _held(lock: Path) -> Iterator[None]:
+    """Hold a lock; raise BlockingIOError where a run holds it."""
+    handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _drop_unlinked(private: Path) -> tuple[int, int]:

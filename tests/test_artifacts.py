@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import multiprocessing
 import os
@@ -221,6 +222,21 @@ def test_gc_leaves_the_work_that_a_run_holds_and_the_work_that_may_be_resumed(st
         os.utime(path, (0, 0))
     collect(store, keep=None)
     assert not fresh.exists()
+
+
+def test_gc_removes_features_that_no_run_used_for_a_week(store):
+    used, unused, computed = (store.private / "features" / name for name in ("used", "unused", "computed"))
+    for folder in (used, unused, computed):
+        folder.mkdir(parents=True)
+        (folder / "identity.json").write_text("{}")
+        (folder / "vectors.f32").write_bytes(b"\0" * 64)
+    for folder in (unused, computed):
+        os.utime(folder / "identity.json", (0, 0))
+    with computed.with_suffix(".run").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = collect(store, keep=None)
+    assert (done.files, done.nbytes) == (2, 66)
+    assert (used.exists(), unused.exists(), computed.exists()) == (True, False, True)
 
 
 def test_a_workspace_that_nothing_was_written_to_leaves_nothing(store):

@@ -278,6 +278,15 @@ def bits_per_weight(target: Target) -> float:
             return target.bits if target.group_size == -1 else target.bits + (16 + target.bits) / target.group_size
 
 
+def require_for(target: Target) -> None:
+    """Raise MissingLibrary where a library is absent that writes a target, or that loads what is written."""
+    require_libraries(format_to(target))
+    if isinstance(target, AWQTarget) and target.engine == "autoawq" and importlib.util.find_spec("awq") is None:
+        raise MissingLibrary(
+            f"{target.variant}: engine autoawq is not installed; run pip install 'requant[autoawq]', or leave it out"
+        )
+
+
 def require_libraries(row: Format) -> None:
     """Raise MissingLibrary, with the command that installs it, where a format's library is absent."""
     for library in row.libraries:

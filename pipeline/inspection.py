@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pipeline.catalog import Format, format_of, format_to, require_libraries
+from pipeline.catalog import Format, format_of, require_for
 from pipeline.checkpoint import Checkpoint, architecture_of
 from pipeline.errors import InputError
 from pipeline.reloadable import check_reload
@@ -121,7 +121,7 @@ def _bits(checkpoint: Checkpoint, row: Format, sizes: Sizes) -> dict[int, int]:
 
 def _obstacle(checkpoint: Checkpoint, target: Target, sizes: Sizes) -> str:
     try:
-        require_libraries(format_to(target))
+        require_for(target)
         check_reload(checkpoint, sizes, target)
         check_target(sizes, target)
     except InputError as error:

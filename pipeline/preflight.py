@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.argument_names import check_arguments
 from pipeline.artifacts import REFERENCE, VERSION, Store
-from pipeline.catalog import FORMATS, format_to, require_libraries
+from pipeline.catalog import FORMATS, require_for, require_libraries
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DataError
 from pipeline.gguf_files import is_gguf
@@ -39,7 +39,7 @@ def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> Kind | None:
     if source.is_gguf:  # the one format that is read with its own library
         require_libraries(FORMATS["gguf"])
     for target in recipe.quantize:
-        require_libraries(format_to(target))
+        require_for(target)
         check_reload(source, sizes, target)
         check_target(sizes, target)
         check_grid(target, source)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pipeline.checkpoint import Checkpoint, architecture_of
 from pipeline.errors import UnsupportedFormat
 from pipeline.sizes import Sizes
-from pipeline.targets import AWQTarget, GPTQTarget, Target, is_own
+from pipeline.targets import AWQTarget, GPTQTarget, Target
 
 _SCALES = "transformers expects scales of its activations, which nobody writes"
 _SPLIT = "gptqmodel splits its fused layers, transformers does not"
@@ -56,8 +56,10 @@ def check_reload(dense: Checkpoint, sizes: Sizes, target: Target) -> None:
     decoder = dense.is_gguf or any(_DECODER_LAYER.search(name) for name in sizes.linears)
     if why is None and (dense.config.get("is_encoder_decoder") or not decoder):
         why = "it is no decoder, and only the layers of decoders are found again"
-    if why is None and not is_own(target):
+    if why is None and target.engine == "gptqmodel":
         why, remedy = _by_gptqmodel(kind, sizes, awq=awq), "leave engine: gptqmodel out"
+    if why is None and target.engine == "autoawq" and not architecture_of(dense.config).endswith("ForCausalLM"):
+        why, remedy = "AutoAWQ loads every model as a causal language model", "leave engine: autoawq out"
     if why:
         raise UnsupportedFormat(
             f"{target.variant}: {kind or 'this architecture'} cannot be reloaded from {target.format} ({why}); {remedy}"

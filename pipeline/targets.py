@@ -134,8 +134,8 @@ class AWQTarget(_Target):
     grid: Grid = "fresh"
     """Where the source was packed on such a grid: `keep` rounds a changed module on its stored scales and zero points,
     `better` takes whichever of both has the smaller error of the layer's output."""
-    engine: Literal["requant", "gptqmodel"] = "requant"
-    """Who searches and rounds; gptqmodel always clips, rounds to nearest and knows no grid."""
+    engine: Literal["requant", "gptqmodel", "autoawq"] = "requant"
+    """Who searches and rounds; the other two always clip, round to nearest and know no grid."""
 
     @property
     def calibrated(self) -> bool:
@@ -144,11 +144,11 @@ class AWQTarget(_Target):
 
     @model_validator(mode="after")
     def _options_of_the_engine(self) -> AWQTarget:
-        if self.engine == "gptqmodel" and (self.clip is False or self.rounding != "gptq"):
-            own = "clip: false" if self.clip is False else "rounding"
-            raise ValueError(f"engine gptqmodel has no {own}; leave it out, or use engine requant")
-        if self.engine == "gptqmodel" and self.grid != "fresh":
-            raise ValueError("engine gptqmodel has no grid; leave it out, or use engine requant")
+        own = ["clip: false"] if self.clip is False else []
+        own += ["rounding"] if self.rounding != "gptq" else []
+        own += ["grid"] if self.grid != "fresh" else []
+        if self.engine != "requant" and own:
+            raise ValueError(f"engine {self.engine} has no {own[0]}; leave it out, or use engine requant")
         return self
 
     def _default_name(self) -> str:

@@ -108,6 +108,14 @@ def test_only_our_own_engine_keeps_a_grid(format_: str, grid: str):
         parse_target(f"{format_}:grid={grid},engine=gptqmodel")
 
 
+def test_autoawq_is_an_engine_of_awq_alone():
+    assert parse_target("awq:engine=autoawq").engine == "autoawq"
+    with pytest.raises(RecipeError, match="engine autoawq has no clip: false"):
+        parse_target("awq:engine=autoawq,clip=false")
+    with pytest.raises(RecipeError, match="engine"):
+        parse_target("gptq:engine=autoawq")
+
+
 @pytest.mark.parametrize(("said", "expected"), [("500MB", 500_000_000), ("2.5 GB", 2_500_000_000), ("5GB", 5 * 10**9)])
 def test_a_shard_size_is_in_powers_of_ten(said, expected):
     assert Upcast(max_shard_size=said).max_shard_bytes == expected

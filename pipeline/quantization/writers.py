@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from pipeline import child
-from pipeline.catalog import DENSE, format_to, require_libraries
+from pipeline.catalog import DENSE, require_for
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import UnsupportedFormat
 from pipeline.quantization import gptqmodel, kept_whole
 from pipeline.quantization.folder import Order, Written
 from pipeline.reloadable import check_reload
 from pipeline.sizes import check_target, dense_sizes
-from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target, is_own
+from pipeline.targets import Target, is_own
 
-WRITERS: dict[type[Any], str] = {
-    BitsAndBytesTarget: "pipeline.quantization.bitsandbytes:write",
-    GPTQTarget: "pipeline.quantization.gptqmodel:write",
-    AWQTarget: "pipeline.quantization.gptqmodel:write",
+# What does not share the calibration pass: by format, or by the engine that a target names.
+WRITERS = {
+    "bitsandbytes": "pipeline.quantization.bitsandbytes:write",
+    "gptqmodel": "pipeline.quantization.gptqmodel:write",
+    "autoawq": "pipeline.quantization.autoawq:write",
 }
 
 
@@ -31,7 +31,7 @@ def check(dense: Checkpoint, targets: Iterable[Target]) -> None:
         )
     sizes = dense_sizes(dense, DENSE)
     for target in targets:
-        require_libraries(format_to(target))
+        require_for(target)
         check_reload(dense, sizes, target)
         check_target(sizes, target)
 
@@ -50,7 +50,8 @@ def write(orders: Sequence[Order]) -> Iterator[tuple[Order, Written]]:
             written = kept_whole.write(order)
             yield _cleared(order), written
         elif order not in own:
-            written = child.run(WRITERS[type(order.target)], order, environment=gptqmodel.ENVIRONMENT)
+            writer = WRITERS[getattr(order.target, "engine", order.target.format)]
+            written = child.run(writer, order, environment=gptqmodel.ENVIRONMENT)
             yield _cleared(order), written
     if own:
         found: list[Written] = child.run("pipeline.quantization.engine:write", own)

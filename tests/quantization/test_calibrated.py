@@ -1,5 +1,6 @@
 """GPTQ and AWQ folders, whichever engine rounds, load in transformers with nothing missing or left over."""
 
+import importlib.util
 import json
 from dataclasses import replace
 
@@ -19,6 +20,8 @@ TARGETS = {
     for engine in ("requant", "gptqmodel")
     for form, target in (("gptq", GPTQTarget), ("awq", AWQTarget))
 }
+if importlib.util.find_spec("awq"):
+    TARGETS["autoawq AWQTarget"] = AWQTarget(format="awq", group_size=32, engine="autoawq")
 
 
 @pytest.fixture(scope="module")

@@ -89,6 +89,15 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(dense, tmp
     assert not orders
 
 
+def test_autoawq_is_asked_for_where_it_is_missing(dense, tmp_path, orders, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "awq" else found(name))
+    with pytest.raises(MissingLibrary, match=r"awq-4bit: engine autoawq is not installed; .*'requant\[autoawq\]'"):
+        target = {"format": "awq", "engine": "autoawq"}
+        next(quantize.run(job(dense, tmp_path, target, data=rows(tmp_path / "rows.jsonl", 50))))
+    assert not orders
+
+
 def test_a_quantized_parent_is_refused(dense, tmp_path):
     (output,) = quantize.run(job(dense, tmp_path, NF4))
     with pytest.raises(UnsupportedFormat, match=r"quantized already \(bitsandbytes\)"):

@@ -14,10 +14,11 @@ from pipeline.quantization import gptqmodel, kept_whole
 from pipeline.quantization.folder import Order, Written
 from pipeline.reloadable import check_reload
 from pipeline.sizes import check_target, dense_sizes
-from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target, is_own
+from pipeline.targets import AWQTarget, BitsAndBytesTarget, GGUFTarget, GPTQTarget, Target, is_own
 
 WRITERS: dict[type[Any], str] = {
     BitsAndBytesTarget: "pipeline.quantization.bitsandbytes:write",
+    GGUFTarget: "pipeline.quantization.gguf:write",
     GPTQTarget: "pipeline.quantization.gptqmodel:write",
     AWQTarget: "pipeline.quantization.gptqmodel:write",
 }

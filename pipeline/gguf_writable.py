@@ -73,9 +73,9 @@ def check_config(config: Mapping[str, Any], *, variant: str) -> None:
     for key, value in ARCHITECTURES[kind].assumed.items():
         if (found := config.get(key, value)) != value:
             raise _refused(variant, f"config.json has {key} {found}, but readers of a GGUF {kind} take it as {value}")
-    wide = [config.get(key) for key in ("head_dim", "num_attention_heads", "hidden_size")]
-    if kind == "qwen2" and all(isinstance(value, int) for value in wide) and wide[0] * wide[1] != wide[2]:
-        raise _refused(variant, f"config.json has head_dim {wide[0]}, but readers of a GGUF qwen2 divide hidden_size")
+    head, heads, hidden = (config.get(key) for key in ("head_dim", "num_attention_heads", "hidden_size"))
+    if kind == "qwen2" and head is not None and heads is not None and head * heads != hidden:
+        raise _refused(variant, f"config.json has head_dim {head}, but readers of a GGUF qwen2 divide hidden_size")
     _check_rope(config, variant=variant)
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pipeline.checkpoint import Quantization
 from pipeline.errors import MissingLibrary, UnsupportedFormat
-from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target
+from pipeline.targets import AWQTarget, BitsAndBytesTarget, GGUFTarget, GPTQTarget, Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,8 +214,9 @@ FORMATS: dict[str, Format] = {
         Format(
             name="gguf", title="GGUF", methods=("gguf",), module="pipeline.formats.gguf", markers=(), components=(),
             weight="",
-            dequantize="every type of the gguf package, split files", train="after upcast", quantize="no",
-            reload="transformers + gguf", libraries=("gguf",),
+            dequantize="every type of the gguf package, split files", train="after upcast",
+            quantize="Q8_0, Q4_0, written directly",
+            reload="transformers + gguf, llama.cpp", libraries=("gguf",),
         ),
     )
 }  # fmt: skip
@@ -263,7 +264,7 @@ def format_to(target: Target) -> Format:
     match target:
         case BitsAndBytesTarget():
             return FORMATS["bnb-4bit" if target.bits == 4 else "bnb-int8"]  # noqa: PLR2004 - four bits
-        case GPTQTarget() | AWQTarget():
+        case GPTQTarget() | AWQTarget() | GGUFTarget():
             return FORMATS[target.format]
 
 
@@ -274,6 +275,8 @@ def bits_per_weight(target: Target) -> float:
             return 8.0
         case BitsAndBytesTarget():
             return 4.5 if target.double_quant is False else 4 + 8 / 64 + 32 / (64 * 256)
+        case GGUFTarget():  # a float16 scale for each block of 32
+            return {"q8_0": 8.5, "q4_0": 4.5}[target.type]
         case GPTQTarget() | AWQTarget():
             return target.bits if target.group_size == -1 else target.bits + (16 + target.bits) / target.group_size
 

@@ -7,7 +7,7 @@ tensor by tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.integrations.gguf.gguf_conversion_mapping import ConcatenateRows
 from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, is_gguf_arch_supported
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, UnsupportedFormat
 
 Finish = Callable[[Tensor], Tensor]
 
@@ -44,10 +44,31 @@ class Naming(Protocol):
     def place(self, name: str, shape: tuple[int, ...]) -> Place | None:
         """Where the GGUF tensor `name` goes; None if transformers does not know."""
 
+    def names(self) -> Mapping[str, str]:
+        """The model's tensors → the names of the GGUF tensors that they are read from."""
+
 
 def naming_of(model: Any, architecture: str) -> Naming:
     """The knowledge that transformers itself would load `model` by."""
     return _Mapped(model, architecture) if is_gguf_arch_supported(architecture) else _Legacy(model, architecture)
+
+
+def undone(finish: Finish, weight: Tensor) -> Tensor:
+    """The stored tensor [O, ...] that `finish` makes `weight` of: llama.cpp keeps the rows of some in another order.
+
+    The order is asked of `finish`, with numbers for rows: 2 ** 24 of them are exact. Raise UnsupportedFormat where it
+    does more than that.
+    """
+    moved = finish(torch.arange(len(weight), dtype=torch.float32).reshape(-1, *[1] * (weight.ndim - 1))).flatten()
+    order = moved.long()
+    if not torch.equal(order.sort().values, torch.arange(len(weight))) or not torch.equal(order.float(), moved):
+        raise UnsupportedFormat(
+            "transformers does more to a GGUF tensor of this architecture than put its rows in order; quantize to "
+            "bitsandbytes, GPTQ or AWQ"
+        )
+    stored = torch.empty_like(weight)
+    stored[order] = weight
+    return stored
 
 
 class _Legacy:
@@ -58,12 +79,15 @@ class _Legacy:
         self._processor = legacy.TENSOR_PROCESSORS.get(architecture, legacy.TensorProcessor)(config=config.to_dict())
         try:
             with _one_table():
-                self._names = legacy.get_gguf_hf_weights_map(model, self._processor)
+                self._names = legacy.get_gguf_hf_weights_map(model, self._processor, model_type=architecture)
         except (NotImplementedError, AttributeError) as error:
             raise CheckpointError(
                 f"general.architecture {architecture}: transformers cannot map its tensors ({error}); upcast the "
                 "original checkpoint instead"
             ) from error
+
+    def names(self) -> Mapping[str, str]:
+        return {target: name for name, target in self._names.items()}
 
     def place(self, name: str, shape: tuple[int, ...]) -> Place | None:
         experts = legacy.Qwen2MoeTensorProcessor, legacy.MiniMaxM2TensorProcessor
@@ -111,6 +135,9 @@ class _Mapped:
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
+
+    def names(self) -> Mapping[str, str]:
+        raise NotImplementedError("no architecture of this kind is written")
 
     def place(self, name: str, shape: tuple[int, ...]) -> Place | None:  # noqa: ARG002 - the protocol's
         target, pattern = rename_source_key(name, self._renamings, self._converters)

@@ -141,18 +141,25 @@ def _set_rope(checkpoint: Checkpoint, config: Any) -> None:
         )
 
 
+def llama3_factors(config: Any) -> torch.Tensor:
+    """float32 [D / 2]: what Llama 3's scaling divides each rotary frequency by, which llama.cpp keeps as a tensor."""
+    theta = float(config.rope_parameters["rope_theta"])
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    exponents = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
+    factors: torch.Tensor = 1 / theta**exponents / scaled
+    return factors
+
+
 def _set_llama3(config: Any, factors: torch.Tensor) -> None:
     """Llama 3's scaling, if that is where the factors [D / 2] come from (llama.cpp, convert_hf_to_gguf.py)."""
-    plain = config.rope_parameters
-    theta = float(plain["rope_theta"])
+    theta = float(config.rope_parameters["rope_theta"])
     llama3 = {
         "rope_theta": theta, "rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
     }  # fmt: skip
     config.rope_parameters = llama3
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    exponents = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
-    if len(scaled) != len(factors) or not torch.allclose(1 / theta**exponents / scaled, factors, rtol=1e-4):
+    found = llama3_factors(config)
+    if len(found) != len(factors) or not torch.allclose(found, factors, rtol=1e-4):
         raise UnsupportedFormat(
             "rope_freqs.weight: scales positions in another way than Llama 3.1 and 3.2, which config.json cannot say; "
             "upcast the original checkpoint instead"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.sizes import Sizes
-from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target, is_own
+from pipeline.targets import AWQTarget, BitsAndBytesTarget, GGUFTarget, GPTQTarget, Target, is_own
 
 _LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")  # the first number in a name counts the layers, a later one the experts
 
@@ -111,7 +111,12 @@ def layer_of(name: str) -> str | None:
 
 
 def made_from(target: Target, packed: Sequence[str], dense: Mapping[str, str]) -> dict[str, str]:
-    """The digests of the dense tensors that a target's packed modules depend on: weights, for AWQ whole layers."""
+    """The digests of the dense tensors that a target's packed modules depend on: weights, for AWQ whole layers.
+
+    Nothing for GGUF, of which no module is ever kept: rounding it again costs no more than copying, and gives the same.
+    """
+    if isinstance(target, GGUFTarget):
+        return {}
     if not isinstance(target, AWQTarget):
         return {f"{module}.weight": dense[f"{module}.weight"] for module in packed if f"{module}.weight" in dense}
     layers = {layer_of(module) for module in packed}

@@ -24,6 +24,7 @@ MANIFEST = "artifact.json"
 SCHEMA = 1
 LIBRARIES = (
     "requant", "torch", "transformers", "accelerate", "peft", "safetensors", "bitsandbytes", "gptqmodel", "optimum",
+    "gguf",
 )  # fmt: skip
 
 

@@ -8,17 +8,18 @@ from pipeline.argument_names import check_arguments
 from pipeline.artifacts import REFERENCE, VERSION, Store
 from pipeline.catalog import FORMATS, require_for, require_libraries
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UnsupportedFormat
 from pipeline.gguf_files import is_gguf
 from pipeline.model_task import kind_for, task_of
 from pipeline.preflight_training import check_kinds, check_training
 from pipeline.recipe import Recipe
 from pipeline.reloadable import check_reload
 from pipeline.rows import check_rows, lacks_chat_template
-from pipeline.sections import Kind
+from pipeline.sections import LABELLED, Kind
 from pipeline.sizes import Sizes, check_target
 from pipeline.sources import open_source
 from pipeline.target_layout import check_grid
+from pipeline.targets import GGUFTarget
 
 ROWS_CHECKED = 1000  # the plan looks at the first rows; the stage at all of them
 
@@ -56,9 +57,20 @@ def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> Kind | None:
         key = next(key for key, kind in kinds.items() if kind == "messages")
         raise DataError(f"{key}: holds messages, but the tokenizer of {source.path} has no chat template")
     check_kinds(recipe.train, kinds)
+    _check_heads(recipe, kinds.get("train.data"))
     if recipe.train.method == "none" and recipe.evaluation_data and not source.is_gguf:
         kind_for(task_of(source.folder), kinds["evaluate.data"], data=recipe.evaluation_data, named=recipe.source)
     return kinds.get("train.data")
+
+
+def _check_heads(recipe: Recipe, learned: Kind | None) -> None:
+    """Raise UnsupportedFormat for a target without a place for what training puts on the model."""
+    for target in recipe.quantize:
+        if isinstance(target, GGUFTarget) and (learned in LABELLED or recipe.train.method == "projector"):
+            raise UnsupportedFormat(
+                f"{target.variant}: the head or projector that learns from {learned} rows has no place in a GGUF file; "
+                "quantize to bitsandbytes, GPTQ or AWQ"
+            )
 
 
 def _lacks_chat_template(source: Checkpoint) -> bool:

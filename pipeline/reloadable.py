@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 from pipeline.checkpoint import Checkpoint, architecture_of
 from pipeline.errors import UnsupportedFormat
+from pipeline.gguf_writable import check_writable
 from pipeline.sizes import Sizes
-from pipeline.targets import AWQTarget, GPTQTarget, Target
+from pipeline.targets import AWQTarget, GGUFTarget, GPTQTarget, Target
 
 _SCALES = "transformers expects scales of its activations, which nobody writes"
 _SPLIT = "gptqmodel splits its fused layers, transformers does not"
@@ -44,6 +45,8 @@ def check_reload(dense: Checkpoint, sizes: Sizes, target: Target) -> None:
 
     `dense` is what is quantized or what it is made from, `sizes` its dense shapes.
     """
+    if isinstance(target, GGUFTarget):
+        check_writable(dense, variant=target.variant)
     if not isinstance(target, GPTQTarget | AWQTarget):
         return
     kind, awq = dense.model_type, isinstance(target, AWQTarget)

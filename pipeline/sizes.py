@@ -13,10 +13,11 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.dense_shapes import dense_shape
 from pipeline.errors import UnsupportedFormat
 from pipeline.gguf_headers import DENSE_TYPES
-from pipeline.targets import AWQTarget, GPTQTarget, Target
+from pipeline.targets import AWQTarget, GGUFTarget, GPTQTarget, Target
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 WORD = 32  # bits of the int32 that codes are packed into
+GGUF_BLOCK = 32  # weights that share a scale, in Q8_0 and Q4_0
 AWQ_OUTPUTS = 64  # gptqmodel's search for clipping bounds takes so many at a time; a packed word holds only 8
 NOT_QUANTIZED = (
     "embed", "wte", "wpe", "lm_head", "norm", "router", "mlp.gate.", "score.", "classifier",
@@ -55,8 +56,17 @@ class Sizes:
 
     def quantized_bytes(self, target: Target, dtype: str) -> int:
         """Bytes of the weights with the linear layers quantized to `target`."""
+        if isinstance(target, GGUFTarget):
+            return self._gguf_bytes(target)
         linear = sum(rows * columns for rows, columns in self.linears.values())
         return int(linear * bits_per_weight(target) / 8) + (self.parameters - linear) * BYTES[dtype]
+
+    def _gguf_bytes(self, target: GGUFTarget) -> int:
+        """Every matrix is quantized, the embedding too; the output head, or what it is tied to, to Q8_0 at least."""
+        matrices = {name: math.prod(shape) for name, shape in self.shapes.items() if len(shape) > 1}
+        head = matrices.get("lm_head.weight") or max(matrices.values(), default=0)
+        bits = bits_per_weight(target) * (sum(matrices.values()) - head) + 8.5 * head
+        return int(bits / 8) + 4 * (self.parameters - sum(matrices.values()))
 
     def adapter_bytes(self, rank: int) -> int:
         """Bytes of float32 LoRA weights of `rank` on every linear layer."""
@@ -97,6 +107,8 @@ def packed_modules(checkpoint: Checkpoint, row: Format) -> dict[str, tuple[str, 
 
 def check_target(sizes: Sizes, target: Target) -> None:
     """Raise UnsupportedFormat, naming the layer, where a target's groups or packed words do not fit a layer's sides."""
+    if isinstance(target, GGUFTarget):
+        _check_blocks(sizes, target)
     if not isinstance(target, GPTQTarget | AWQTarget):
         return
     for module, (outputs, inputs) in sizes.linears.items():
@@ -120,3 +132,13 @@ def check_target(sizes: Sizes, target: Target) -> None:
                     f"{target.variant}: the {count} {side} of {module} are no multiple of {step}, as gptqmodel's "
                     f"{target.format} needs; quantize to bitsandbytes"
                 )
+
+
+def _check_blocks(sizes: Sizes, target: GGUFTarget) -> None:
+    """Raise UnsupportedFormat for a matrix whose rows do not divide into GGUF's blocks."""
+    for name, shape in sizes.shapes.items():
+        if len(shape) > 1 and shape[-1] % GGUF_BLOCK:
+            raise UnsupportedFormat(
+                f"{target.variant}: the {shape[-1]} inputs of {name.removesuffix('.weight')} are no multiple of the "
+                f"{GGUF_BLOCK} weights in a GGUF block; quantize to bitsandbytes"
+            )

@@ -12,7 +12,7 @@ from pipeline.catalog import format_to
 from pipeline.checkpoint import Checkpoint, Quantization
 from pipeline.dense_shapes import dense_shape
 from pipeline.errors import CheckpointError, UnsupportedFormat
-from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, Target
+from pipeline.targets import AWQTarget, BitsAndBytesTarget, GGUFTarget, GPTQTarget, Target
 
 BLOCK, NESTED = 64, 256  # bitsandbytes: weights to an absmax, absmax to a nested one
 WORD = 32  # bits of the int32 that codes are packed into
@@ -46,7 +46,9 @@ def same_grid(target: Target, quantization: Quantization | None) -> bool:
 
     How the codes were chosen (damping, scale search, who rounded) is no part of it: bytes that stay are read alike.
     """
-    if quantization is None or quantization.bits != target.bits or quantization.method != target.format:
+    if quantization is None or isinstance(target, GGUFTarget):  # no GGUF block is kept: its tensors have other names
+        return False
+    if quantization.bits != target.bits or quantization.method != target.format:
         return False
     match target:
         case BitsAndBytesTarget():
@@ -112,6 +114,8 @@ def _layout(target: Target, shape: tuple[int, ...]) -> Layout:
         return {}
     outputs, inputs = shape
     match target:
+        case GGUFTarget():
+            raise AssertionError("no GGUF target is compared")
         case BitsAndBytesTarget(bits=8):
             return {".weight": ("I8", shape), ".SCB": ("F32", (outputs,)), ".weight_format": ("U8", ())}
         case BitsAndBytesTarget():

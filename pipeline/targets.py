@@ -155,7 +155,18 @@ class AWQTarget(_Target):
         return f"awq-{self.bits}bit"
 
 
-Target = Annotated[BitsAndBytesTarget | GPTQTarget | AWQTarget, Field(discriminator="format")]
+class GGUFTarget(_Target):
+    """GGUF, one file for llama.cpp, each weight rounded by itself in blocks of 32 that share a scale."""
+
+    format: Literal["gguf"]
+    type: Literal["q8_0", "q4_0"] = "q8_0"
+    """The ggml type of the matrices; with `q4_0` the output head is Q8_0. What has one dimension stays F32."""
+
+    def _default_name(self) -> str:
+        return f"gguf-{self.type}"
+
+
+Target = Annotated[BitsAndBytesTarget | GPTQTarget | AWQTarget | GGUFTarget, Field(discriminator="format")]
 
 # What `train.base` makes of the dense weights before training stands on them.
 BASE_TARGETS: Mapping[str, BitsAndBytesTarget] = {
@@ -204,7 +215,7 @@ def unknown_key(key: str, valid: Collection[str]) -> str:
 def first_sentence(error: ValidationError) -> str:
     """The first of pydantic's findings as `place: what was found`."""
     first = error.errors(include_url=False)[0]
-    tags = {"bitsandbytes", "gptq", "awq", "Data", "literal['train']"}
+    tags = {"bitsandbytes", "gptq", "awq", "gguf", "Data", "literal['train']"}
     place = ".".join(str(part) for part in first["loc"] if str(part) not in tags)
     said = first["msg"].removeprefix("Value error, ")
     found = first.get("input")

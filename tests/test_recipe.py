@@ -88,13 +88,22 @@ def test_the_recipe_survives_a_round_trip_as_json():
 
 @pytest.mark.parametrize(
     ("text", "variant"),
-    [("nf4", "nf4"), ("int8", "int8"), ("gptq:bits=3,group_size=-1", "gptq-3bit"), ("awq:group_size=64", "awq-4bit")],
+    [
+        ("nf4", "nf4"),
+        ("int8", "int8"),
+        ("gptq:bits=3,group_size=-1", "gptq-3bit"),
+        ("awq:group_size=64", "awq-4bit"),
+        ("gguf", "gguf-q8_0"),
+        ("gguf:type=q4_0", "gguf-q4_0"),
+    ],
 )
 def test_a_target_has_a_short_form(text: str, variant: str):
     assert parse_target(text).variant == variant
 
 
-@pytest.mark.parametrize("text", ["gptq:bits", "gptq:bits=5", "zip", "nf4:bits=8", "gptq:grid=old", "nf4:grid=keep"])
+@pytest.mark.parametrize(
+    "text", ["gptq:bits", "gptq:bits=5", "zip", "nf4:bits=8", "gptq:grid=old", "nf4:grid=keep", "gguf:type=q6_k"]
+)
 def test_a_wrong_target_is_one_sentence(text: str):
     with pytest.raises(RecipeError, match="--to"):
         parse_target(text)

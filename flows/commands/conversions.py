@@ -110,7 +110,8 @@ def quantize(
     dst
         The folder to write; it must not exist or be empty.
     to
-        A target, such as nf4, int8, gptq:bits=4,group_size=128 or awq:group_size=64; may be given several times.
+        A target, such as nf4, int8, gptq:bits=4,group_size=128, awq:group_size=64 or gguf:type=q8_0; may be given
+        several times.
     calibration
         The rows that GPTQ and AWQ are calibrated on.
     samples

@@ -20,7 +20,7 @@ Json = Annotated[bool, Parameter(name="--json", negative="")]
 # Library → what it is needed for, and the extra that installs it.
 OPTIONAL = {
     "bitsandbytes": ("quantize to and reload NF4, FP4, int8", "bitsandbytes"),
-    "gguf": ("read GGUF files", "gguf"),
+    "gguf": ("read and write GGUF files", "gguf"),
     "gptqmodel": ("quantize to and reload GPTQ and AWQ", "gptqmodel"),
     "optimum": ("reload GPTQ", "gptqmodel"),
     "pyarrow": ("read Parquet rows", "parquet"),

@@ -106,7 +106,10 @@ def try_(
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {max_new_tokens}: ask for at least 1")
     asked = Prompt(
-        path=checkpoint.path.resolve(), text=prompt, max_new_tokens=max_new_tokens, trust_remote_code=trust_remote_code
+        path=checkpoint.folder.resolve(),
+        text=prompt,
+        max_new_tokens=max_new_tokens,
+        trust_remote_code=trust_remote_code,
     )
     said = child.run("pipeline.evaluation.generate:generate", asked, environment=ENVIRONMENT)
     OUT.print(prompt + said, markup=False, soft_wrap=True)
@@ -166,9 +169,9 @@ def evaluate(
     with showing_progress():
         for model, checkpoint in opened.items():
             task = Comparison(
-                variant=model, path=checkpoint.path.resolve(), reference=reference,
-                reference_path=beside.path.resolve() if beside else None, data=rows_of, sequence_length=sequence_length,
-                trust_remote_code=trust_remote_code,
+                variant=model, path=checkpoint.folder.resolve(), reference=reference,
+                reference_path=beside.folder.resolve() if beside else None, data=rows_of,
+                sequence_length=sequence_length, trust_remote_code=trust_remote_code,
             )  # fmt: skip
             scores.append(child.run("pipeline.judging.compare:compare", task, environment=ENVIRONMENT))
     measured = figure_columns(scores)
@@ -191,12 +194,12 @@ def _check_rows(data: Data, models: list[Checkpoint]) -> None:
     """Check every row, and that rows of their kind say something of each model, before any of them loads."""
     kind = check_rows(data, limit=None)
     for checkpoint in models:
-        kind_for(task_of(checkpoint.path), kind, data=data, named=str(checkpoint.path))
+        kind_for(task_of(checkpoint.folder), kind, data=data, named=str(checkpoint.path))
 
 
 def _open_loadable(model: str, store: Store) -> Checkpoint:
-    """The checkpoint; raise InputError for a GGUF file, which transformers would not compute with as a folder."""
+    """The checkpoint; raise InputError for a GGUF file without a config and tokenizer beside it."""
     checkpoint = open_model(model, store)
-    if checkpoint.is_gguf:
+    if checkpoint.is_gguf and not (checkpoint.folder / "config.json").is_file():
         raise InputError(f"{model}: is a GGUF file; run requant upcast on it first, then name the folder it wrote")
     return checkpoint

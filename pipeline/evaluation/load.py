@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 from transformers.utils import logging
 
 from pipeline.checkpoint import Checkpoint
@@ -28,9 +29,7 @@ def load_model(path: Path, *, model_class: Any = AutoModelForCausalLM, trust_rem
     logging.disable_progress_bar()
     checkpoint = Checkpoint.open(path)
     dense = checkpoint.quantization is None or checkpoint.is_gguf
-    where: dict[str, Any] = {}
-    if checkpoint.is_gguf:
-        where = {"gguf_file": checkpoint.path.name, "quantization_config": GgufConfig(dequantize=True)}
+    where = _gguf(checkpoint) if checkpoint.is_gguf else {}
     model, found = model_class.from_pretrained(
         checkpoint.folder,
         dtype=torch.float32 if dense and device().type == "cpu" else "auto",
@@ -47,3 +46,15 @@ def load_model(path: Path, *, model_class: Any = AutoModelForCausalLM, trust_rem
                 f"such as {first}; this format cannot carry this architecture, choose another target"
             )
     return model.eval()
+
+
+def _gguf(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How a GGUF file is loaded: with its whole config, of which transformers by itself leaves out scaled positions."""
+    from pipeline.gguf_rebuild import rebuild
+
+    with tempfile.TemporaryDirectory() as folder:
+        rebuild(checkpoint, Path(folder))
+        config = AutoConfig.from_pretrained(folder)
+    return {
+        "gguf_file": checkpoint.path.name, "quantization_config": GgufConfig(dequantize=True), "config": config,
+    }  # fmt: skip

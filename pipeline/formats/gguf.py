@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as dequantize_numpy
+from gguf.quants import quantize as quantize_numpy
 from torch import Tensor
 from transformers.integrations.gguf.dequant import GGML_BLOCK
 from transformers.integrations.gguf.dequant import dequantize as dequantize_torch
@@ -64,6 +65,22 @@ def dequantize(group: TensorGroup, quantization: Quantization, rows: slice = ALL
             _fill(_type(part), tensor[i], out[i, at : at + tensor.shape[1]])
             at += tensor.shape[1]
     return out
+
+
+def pack(weight: Tensor, dtype: str) -> Tensor:
+    """uint8 [..., row bytes] of a float32 weight [..., I] in a quantized ggml type, as the gguf package rounds it.
+
+    That is to nearest, each block by itself, the same bytes as ggml's reference functions for Q8_0 and Q4_0
+    (ggml-quants.c, `quantize_row_q8_0_ref`, `quantize_row_q4_0_ref`).
+    """
+    count, size = BLOCKS[dtype]
+    flat = weight.contiguous().reshape(-1)
+    out = torch.empty(len(flat) // count * size, dtype=torch.uint8)
+    for start in range(0, len(flat), CHUNK):  # as one row: gguf goes through rows sixteen at a time, in Python
+        part = flat[start : start + CHUNK].numpy().reshape(1, -1)
+        packed = torch.from_numpy(quantize_numpy(part, GGMLQuantizationType[dtype]))
+        out[start // count * size :][: packed.numel()] = packed.view(-1)
+    return out.reshape(*weight.shape[:-1], weight.shape[-1] // count * size)
 
 
 def _fill(dtype: str, tensor: Tensor, out: Tensor) -> None:

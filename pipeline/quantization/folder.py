@@ -79,7 +79,8 @@ class Written:
     """What became of the weights: which modules are packed, which weight matrices stayed dense, and how large it is.
 
     `packed_bits_per_weight` counts scales and zero points; `bits_per_weight` is over all tensors of the model.
-    `survival` says of changed modules what their training is on the grid of the source, where that is known.
+    `survival` says of changed modules what their training is on the grid of the source, where that is known; `notes`
+    what else whoever uses the folder should know.
     """
 
     packed: tuple[str, ...]
@@ -87,6 +88,7 @@ class Written:
     packed_bits_per_weight: float
     bits_per_weight: float
     survival: Mapping[str, Survival] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_folder(
@@ -125,13 +127,17 @@ def finish(order: Order, parent: Checkpoint, *, quantization: Mapping[str, Any])
     That is config.json, with `quantization` as its quantization_config, the parent's tokenizer and other companions,
     and a projector's seal to the new weights.
     """
-    config = {**parent.config, "quantization_config": dict(quantization)}
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    (order.out / "config.json").write_text(text, encoding="utf-8")
-    copy_companions(parent.path, order.out)
+    describe(order, parent, {"quantization_config": dict(quantization)})
     if pairing.is_projected(order.out):
         pairing.seal(order.out)
     return _written(parent, Checkpoint.open(order.out), format_to(order.target))
+
+
+def describe(order: Order, parent: Checkpoint, more: Mapping[str, Any]) -> None:
+    """Write the parent's config.json with `more` in it to `order.out`, and what else goes along with weights."""
+    text = json.dumps({**parent.config, **more}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (order.out / "config.json").write_text(text, encoding="utf-8")
+    copy_companions(parent.path, order.out)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from pipeline.targets import Target, is_own
 # What does not share the calibration pass: by format, or by the engine that a target names.
 WRITERS = {
     "bitsandbytes": "pipeline.quantization.bitsandbytes:write",
+    "gguf": "pipeline.quantization.gguf:write",
     "gptqmodel": "pipeline.quantization.gptqmodel:write",
     "autoawq": "pipeline.quantization.autoawq:write",
 }

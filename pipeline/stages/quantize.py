@@ -96,7 +96,7 @@ def _grid_of(job: Job, target: Target) -> Donor | None:
 
 def _notes(target: Target, written: Written, kept: Kept, digests: Mapping[str, str]) -> dict[str, Any]:
     """What stayed dense; by which a later run knows the packed bytes again; and whence those that were copied."""
-    notes: dict[str, Any] = {"dense": list(written.dense)}
+    notes: dict[str, Any] = {"dense": list(written.dense), **written.notes}
     if made := made_from(target, written.packed, digests):
         notes["made_from"] = made
     if kept.modules:

@@ -121,8 +121,10 @@ def _same_compressed_tensors(target: CompressedTensorsTarget, raw: Mapping[str, 
     if not isinstance(groups, Mapping) or len(groups) != 1:
         return False
     (group,) = groups.values()
+    if not isinstance(group, Mapping):  # the name of a preset
+        return False
     weights, inputs = (group.get(key) or {} for key in ("weights", "input_activations"))
-    own: dict[str, object] = {"num_bits": target.bits, "type": kind, "symmetric": True, "dynamic": False}
+    own: dict[str, object] = {"num_bits": target.bits, "type": kind, "symmetric": True}
     if target.group_size != -1:
         own["group_size"] = target.group_size
     elif weights.get("group_size") not in (None, -1):
@@ -136,7 +138,7 @@ def _same_compressed_tensors(target: CompressedTensorsTarget, raw: Mapping[str, 
         and _says(raw, format=layout, quantization_status="compressed")
         and group.get("format") in (None, layout)
         and not any(raw.get(key) for key in ("kv_cache_scheme", "sparsity_config", "transform_config"))
-        and not any((weights.get("scale_dtype"), group.get("output_activations")))
+        and not any((weights.get("dynamic"), weights.get("scale_dtype"), group.get("output_activations")))
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -34,9 +34,9 @@ class SymmetricIntegers(Integers):
         )  # fmt: skip
         self._parent = parent
 
-    def config(self) -> dict[str, Any]:
+    def config(self, packed: Collection[str]) -> dict[str, Any]:
         """As the library writes it."""
-        return _config(self._order, self._parent, self._streamed)
+        return _config(self._order, self._parent, packed)
 
 
 class Floats:
@@ -67,21 +67,16 @@ class Floats:
         """A float has no grid that training could be rounded away on."""
         return {}
 
-    def config(self) -> dict[str, Any]:
+    def config(self, packed: Collection[str]) -> dict[str, Any]:
         """As the library writes it."""
-        return _config(self._order, self._parent, self._streamed)
+        return _config(self._order, self._parent, packed)
 
 
 def _dtype_of(parent: Checkpoint, module: str) -> torch.dtype:
     return DTYPES[parent.tensors[f"{module}.weight"].dtype]
 
 
-def _config(order: Order, parent: Checkpoint, streamed: Streamed) -> dict[str, Any]:
-    """The scheme for every linear module of the layers; all others stay dense."""
+def _config(order: Order, parent: Checkpoint, packed: Collection[str]) -> dict[str, Any]:
+    """The scheme for every linear module that is packed; all others are named, and stay dense."""
     assert isinstance(order.target, CompressedTensorsTarget)
-    packed = {
-        streamed.stored(f"{layer}.{name}.weight").removesuffix(".weight")
-        for layer, module in streamed.layers.items()
-        for name in linears_of(module)
-    }
     return config_of(order.target, left_dense(parent, packed, trust_remote_code=order.trust_remote_code))

@@ -19,6 +19,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from pipeline import progress, tensor_file
+from pipeline.catalog import format_to
 from pipeline.checkpoint import INDEX, Checkpoint
 from pipeline.digests import digest_value, file_marks
 from pipeline.evaluation.load import device
@@ -174,7 +175,9 @@ def _finish(work: _Work, parent: Checkpoint) -> Written:
         survivors |= survived
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8")
     made = Checkpoint.open(folder)
-    written = write_folder(order, parent, made, quantization=work.rounder.config(), scaled=order.target.format == "awq")
+    packed = {*format_to(order.target).packed_modules(made.tensors), *order.kept}
+    quantization, scaled = work.rounder.config(packed), order.target.format == "awq"
+    written = write_folder(order, parent, made, quantization=quantization, scaled=scaled)
     if said := sentence(order.target.variant, survivors, grid=grid_of(order.target)):
         progress.message("quantize", said)
     return replace(written, survival=survivors)

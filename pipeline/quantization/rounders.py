@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -50,8 +50,8 @@ class Rounder(Protocol):
         """Module of the layer → what its training is on the source's grid, where it changed and the source has one."""
         ...
 
-    def config(self) -> dict[str, Any]:
-        """The quantization_config of the folder."""
+    def config(self, packed: Collection[str]) -> dict[str, Any]:
+        """The quantization_config of a folder whose `packed` modules are these, by their names there."""
         ...
 
 
@@ -122,7 +122,7 @@ class GPTQ(Integers):
             order, parent, streamed, target=order.target, pack=gptq_layout.pack, dtype_of=lambda _: torch.float16
         )
 
-    def config(self) -> dict[str, Any]:
+    def config(self, packed: Collection[str]) -> dict[str, Any]:  # noqa: ARG002 - transformers looks for qweight
         """As gptqmodel writes it."""
         target = self._target
         return {
@@ -178,7 +178,7 @@ class AWQ:
         """As asked for."""
         return self._grids.survivors()
 
-    def config(self) -> dict[str, Any]:
+    def config(self, packed: Collection[str]) -> dict[str, Any]:  # noqa: ARG002 - only heads are named
         """As gptqmodel writes it; transformers makes every linear layer that is not named an AWQ layer."""
         found: dict[str, Any] = {
             "bits": self._target.bits, "checkpoint_format": "gemm", "desc_act": False, "format": "gemm",

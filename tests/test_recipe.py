@@ -118,7 +118,7 @@ def test_a_wrong_target_is_one_sentence(text: str):
         ("scheme=fp8,grid=keep", "scheme fp8 has no grid; leave it out"),
         ("rounding=nearest,sequential=true", "rounding nearest has no sequential; leave it out"),
         ("scheme=w4a4", "scheme: Input should be 'w4a16', 'w8a8' or 'fp8'"),
-        ("symmetric=false", "unknown key symmetric; did you mean scheme"),
+        ("symmetric=false", "unknown key symmetric; valid keys are damping"),
     ],
 )
 def test_what_a_scheme_of_compressed_tensors_has_not_is_said(options: str, said: str):

@@ -116,8 +116,9 @@ def _prepare(order: Order, parent: Checkpoint) -> None:
 
 
 def _round(work: _Work, streamed: Streamed) -> None:
-    """Every layer of an order that asks nothing of the calibration rows."""
-    for passed in unasked(streamed):
+    """Every layer of an order that asks nothing of the calibration rows, but those that a killed run left whole."""
+    done = len(list((work.order.scratch / "made").glob("layer-*.safetensors")))
+    for passed in unasked(streamed, done=done):
         work.keep(passed)
         unit = f"{work.order.target.variant} layers"
         progress.step("quantize", done=passed.index + 1, total=len(streamed.layers), unit=unit)

@@ -57,7 +57,7 @@ def test_rows_of_zeros_stay_zeros_on_a_harmless_scale(symmetric):
     assert not rounded.dense().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_codes_are_the_nearest_for_the_scale_as_it_is_stored(dtype, symmetric):
     """0.1 is no float16: after 15 steps of what is stored instead, codes chosen for 0.1 would be no nearest ones."""

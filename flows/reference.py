@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic_core import PydanticUndefined
 
 from pipeline.recipe import Recipe
-from pipeline.targets import AWQTarget, BitsAndBytesTarget, GGUFTarget, GPTQTarget, Section
+from pipeline.targets import AWQTarget, BitsAndBytesTarget, CompressedTensorsTarget, GGUFTarget, GPTQTarget, Section
 
 HEADING = """\
 # The recipe
@@ -27,7 +27,7 @@ PLAIN = {str: "text", int: "integer", float: "number", bool: "true or false"}
 def reference() -> str:
     """The page, in Markdown: a table for each section of the recipe."""
     parts = [HEADING, *_section("top level", Recipe)]
-    for target in (BitsAndBytesTarget, GPTQTarget, AWQTarget, GGUFTarget):
+    for target in (BitsAndBytesTarget, GPTQTarget, AWQTarget, CompressedTensorsTarget, GGUFTarget):
         parts += _section(f"quantize[]: {get_args(target.model_fields['format'].annotation)[0]}", target)
     return "\n".join(parts)
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pipeline.checkpoint import Quantization
 from pipeline.errors import MissingLibrary, UnsupportedFormat
-from pipeline.targets import AWQTarget, BitsAndBytesTarget, GGUFTarget, GPTQTarget, Target
+from pipeline.targets import AWQTarget, BitsAndBytesTarget, CompressedTensorsTarget, GGUFTarget, GPTQTarget, Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +167,8 @@ FORMATS: dict[str, Format] = {
                 for part in ("scale", "zero_point", "global_scale")
             ),
             dequantize="pack-, int-, float- and naive-quantized, NVFP4, MXFP4, MXFP6, MXFP8, several in one model",
-            train="after upcast", quantize="no", reload="transformers + compressed-tensors",
+            train="after upcast", quantize="w4a16, w8a8: one calibration pass; fp8: directly",
+            reload="transformers + compressed-tensors; vLLM", libraries=("compressed_tensors",),
         ),
         Format(
             name="fp8", title="FP8", methods=("fp8", "fbgemm_fp8"), module="pipeline.formats.fp8",
@@ -264,7 +265,7 @@ def format_to(target: Target) -> Format:
     match target:
         case BitsAndBytesTarget():
             return FORMATS["bnb-4bit" if target.bits == 4 else "bnb-int8"]  # noqa: PLR2004 - four bits
-        case GPTQTarget() | AWQTarget() | GGUFTarget():
+        case GPTQTarget() | AWQTarget() | CompressedTensorsTarget() | GGUFTarget():
             return FORMATS[target.format]
 
 
@@ -279,6 +280,8 @@ def bits_per_weight(target: Target) -> float:
             return {"q8_0": 8.5, "q4_0": 4.5}[target.type]
         case GPTQTarget() | AWQTarget():
             return target.bits if target.group_size == -1 else target.bits + (16 + target.bits) / target.group_size
+        case CompressedTensorsTarget():
+            return target.bits if target.group_size == -1 else target.bits + 16 / target.group_size
 
 
 def require_for(target: Target) -> None:
@@ -294,7 +297,8 @@ def require_libraries(row: Format) -> None:
     """Raise MissingLibrary, with the command that installs it, where a format's library is absent."""
     for library in row.libraries:
         if importlib.util.find_spec(library) is None:
-            extra = library if library in {"bitsandbytes", "gguf"} else "gptqmodel"
+            package = library.replace("_", "-")
+            extra = package if package in {"bitsandbytes", "compressed-tensors", "gguf"} else "gptqmodel"
             raise MissingLibrary(
-                f"{row.title} needs {library}, which is not installed; run pip install 'requant[{extra}]'"
+                f"{row.title} needs {package}, which is not installed; run pip install 'requant[{extra}]'"
             )

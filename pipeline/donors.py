@@ -11,7 +11,7 @@ from pipeline.errors import StoreCorrupt
 from pipeline.kept import Donor
 from pipeline.manifest import Manifest, Origin
 from pipeline.target_layout import matches
-from pipeline.targets import AWQTarget, GPTQTarget, Target
+from pipeline.targets import AWQTarget, Target, grid_of
 
 DIVIDED = "divided out of "  # how the upcast says that an activation's scales left a weight other than it was packed
 
@@ -41,7 +41,7 @@ def earlier(store: Store, target: Target, origin: Origin) -> Iterator[Donor]:
 
     Neither their calibration data nor their names matter; where the grid is the source's, their source does.
     """
-    on_source = isinstance(target, GPTQTarget | AWQTarget) and target.grid != "fresh"
+    on_source = grid_of(target) != "fresh"
     alike = [
         artifact
         for artifact in _readable(store)

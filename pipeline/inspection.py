@@ -15,13 +15,17 @@ from pipeline.checkpoint import Checkpoint, architecture_of
 from pipeline.errors import InputError
 from pipeline.reloadable import check_reload
 from pipeline.sizes import Sizes, check_target, dense_sizes, packed_modules
-from pipeline.targets import AWQTarget, BitsAndBytesTarget, GGUFTarget, GPTQTarget, Target
+from pipeline.targets import AWQTarget, BitsAndBytesTarget, CompressedTensorsTarget, GGUFTarget, GPTQTarget, Target
 from pipeline.trainability import ask
 from pipeline.upcasting.layout import laid_out
 
 TARGETS: tuple[Target, ...] = (
     BitsAndBytesTarget(format="bitsandbytes"), BitsAndBytesTarget(format="bitsandbytes", bits=8),
-    GPTQTarget(format="gptq"), AWQTarget(format="awq"), GGUFTarget(format="gguf"),
+    GPTQTarget(format="gptq"), AWQTarget(format="awq"),
+    CompressedTensorsTarget(format="compressed-tensors", scheme="w4a16"),
+    CompressedTensorsTarget(format="compressed-tensors", scheme="w8a8"),
+    CompressedTensorsTarget(format="compressed-tensors", scheme="fp8"),
+    GGUFTarget(format="gguf"),
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.sizes import Sizes
-from pipeline.targets import AWQTarget, BitsAndBytesTarget, GGUFTarget, GPTQTarget, Target, is_own
+from pipeline.targets import AWQTarget, BitsAndBytesTarget, GGUFTarget, Target, is_own, is_sequential
 
 _LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")  # the first number in a name counts the layers, a later one the experts
 
@@ -63,7 +63,7 @@ def keep(
 ) -> Kept:
     """What a target keeps of the earlier `donors` come first; `dense` maps the parent's tensors to their digests.
 
-    bitsandbytes and GPTQ keep module by module. AWQ keeps a layer whole where one donor has all of it, or else, from a
+    All but AWQ keep module by module. AWQ keeps a layer whole where one donor has all of it, or else, from a
     donor that is not folded, the single modules that did not change.
     """
     unchanged = {donor.reference: _unchanged(donor, dense) for donor in donors}
@@ -87,7 +87,7 @@ def writable(target: Target, kept: Kept) -> Kept:
     """
     if kept.described_by or isinstance(target, BitsAndBytesTarget):
         return kept
-    if is_own(target) and not (isinstance(target, GPTQTarget) and target.sequential):
+    if is_own(target) and not is_sequential(target):
         return kept
     return replace(kept, modules={})
 
@@ -99,7 +99,7 @@ def unfolded(modules: Mapping[str, Donor]) -> frozenset[str]:
 
 
 def packable(target: Target, shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
-    """The modules that a target packs: linear layers, for GPTQ and AWQ those of the decoder's layers."""
+    """The modules that a target packs: linear layers, but for bitsandbytes those of the decoder's layers."""
     linears = Sizes(shapes=dict(shapes)).linears
     return frozenset(name for name in linears if isinstance(target, BitsAndBytesTarget) or layer_of(name))
 

@@ -1,7 +1,8 @@
 """Which architectures transformers reloads from which format, so that none is quantized for hours and then refused.
 
-Each row was run with gptqmodel 7.6 and transformers 5.23: what it says is what the library did. bitsandbytes reloads
-every one of them; it keeps fused experts dense.
+Each row was run with gptqmodel 7.6, compressed-tensors 0.20 and transformers 5.23: what it says is what the library
+did. bitsandbytes reloads every one of them; it keeps fused experts dense. compressed-tensors packs whatever
+`torch.nn.Linear` there is, encoders and base models too. What vLLM makes of an architecture was not run.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pipeline.checkpoint import Checkpoint, architecture_of
 from pipeline.errors import UnsupportedFormat
 from pipeline.gguf_writable import check_writable
 from pipeline.sizes import Sizes
-from pipeline.targets import AWQTarget, GGUFTarget, GPTQTarget, Target
+from pipeline.targets import AWQTarget, BitsAndBytesTarget, CompressedTensorsTarget, GGUFTarget, Target
 
 _SCALES = "transformers expects scales of its activations, which nobody writes"
 _SPLIT = "gptqmodel splits its fused layers, transformers does not"
@@ -36,6 +37,10 @@ _NO_AWQ_BY_GPTQMODEL: Mapping[str, str] = {
     "cohere2": "gptqmodel moves no scales into its norms",
     "gemma3_text": "gptqmodel cannot run its layers one by one",
 }
+_READS = "its code reads weights that int4 layers do not have until they have run"
+_NO_INT4: Mapping[str, str] = dict.fromkeys(("falcon", "gpt_bigcode", "mamba", "mamba2", "modernbert", "t5"), _READS)
+_NOT_CALIBRATED: Mapping[str, str] = {"mamba": "it never calls one of its layers, so nothing is known of its inputs"}
+_JOINED = "transformers joins the experts of a layer, and finds none of those that are packed one by one"
 _BASE_MODEL = re.compile(r"(?<!Head)(?<!Heads)Model$")
 _DECODER_LAYER = re.compile(r"(^|\.)(layers|h)\.\d+\.")
 
@@ -47,26 +52,54 @@ def check_reload(dense: Checkpoint, sizes: Sizes, target: Target) -> None:
     """
     if isinstance(target, GGUFTarget):
         check_writable(dense, variant=target.variant)
-    if not isinstance(target, GPTQTarget | AWQTarget):
+    if isinstance(target, BitsAndBytesTarget | GGUFTarget):
         return
     kind, awq = dense.model_type, isinstance(target, AWQTarget)
+    if isinstance(target, CompressedTensorsTarget):
+        _check_compressed_tensors(dense, sizes, target)
+        return
     why, remedy = _NEITHER.get(kind) or (_NO_AWQ.get(kind) if awq else None), "quantize to bitsandbytes"
     if why is None and any(".experts." in f"{name}." for name in sizes.shapes):
-        why = "transformers joins the experts of a layer, and finds none of those that are packed one by one"
+        why = _JOINED
     if why is None and _BASE_MODEL.search(architecture_of(dense.config)):
         why = "it is a base model, and what packs it looks for an output head"
     # A GGUF file calls its layers otherwise, whatever the architecture.
     decoder = dense.is_gguf or any(_DECODER_LAYER.search(name) for name in sizes.linears)
-    if why is None and (dense.config.get("is_encoder_decoder") or not decoder):
+    if why is None and (_has_encoder(dense) or not decoder):
         why = "it is no decoder, and only the layers of decoders are found again"
     if why is None and target.engine == "gptqmodel":
         why, remedy = _by_gptqmodel(kind, sizes, awq=awq), "leave engine: gptqmodel out"
     if why is None and target.engine == "autoawq" and not architecture_of(dense.config).endswith("ForCausalLM"):
         why, remedy = "AutoAWQ loads every model as a causal language model", "leave engine: autoawq out"
+    _refuse(dense, target, why, remedy)
+
+
+def _check_compressed_tensors(dense: Checkpoint, sizes: Sizes, target: CompressedTensorsTarget) -> None:
+    kind, int4 = dense.model_type, target.scheme == "w4a16"
+    why, remedy = "its layers keep their weights transposed" if kind == "gpt2" else None, "quantize to bitsandbytes"
+    if why is None and any(".experts." in f"{name}." for name in sizes.shapes):
+        why = _JOINED
+    if why is None and int4:
+        # Calibrated on text alone, gemma3 keeps its vision tower dense, whose code it is.
+        vision = _READS if kind == "gemma3" and not target.calibrated else None
+        why, remedy = _NO_INT4.get(kind) or vision, "use scheme fp8"
+    _refuse(dense, target, why, remedy)
+    if target.calibrated:
+        tokens = "its decoder would be given no tokens to calibrate on" if _has_encoder(dense) else None
+        if reason := _NOT_CALIBRATED.get(kind) or tokens:
+            raise UnsupportedFormat(
+                f"{target.variant}: {kind} cannot be calibrated ({reason}); use scheme fp8, or rounding nearest"
+            )
+
+
+def _has_encoder(dense: Checkpoint) -> bool:
+    return bool(dense.config.get("is_encoder_decoder"))
+
+
+def _refuse(dense: Checkpoint, target: Target, why: str | None, remedy: str) -> None:
     if why:
-        raise UnsupportedFormat(
-            f"{target.variant}: {kind or 'this architecture'} cannot be reloaded from {target.format} ({why}); {remedy}"
-        )
+        kind = dense.model_type or "this architecture"
+        raise UnsupportedFormat(f"{target.variant}: {kind} cannot be reloaded from {target.format} ({why}); {remedy}")
 
 
 def _by_gptqmodel(kind: str, sizes: Sizes, *, awq: bool) -> str | None:

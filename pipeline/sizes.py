@@ -13,7 +13,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.dense_shapes import dense_shape
 from pipeline.errors import UnsupportedFormat
 from pipeline.gguf_headers import DENSE_TYPES
-from pipeline.targets import AWQTarget, GGUFTarget, GPTQTarget, Target
+from pipeline.targets import AWQTarget, BitsAndBytesTarget, CompressedTensorsTarget, GGUFTarget, Target
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 WORD = 32  # bits of the int32 that codes are packed into
@@ -109,19 +109,23 @@ def check_target(sizes: Sizes, target: Target) -> None:
     """Raise UnsupportedFormat, naming the layer, where a target's groups or packed words do not fit a layer's sides."""
     if isinstance(target, GGUFTarget):
         _check_blocks(sizes, target)
-    if not isinstance(target, GPTQTarget | AWQTarget):
+    if isinstance(target, BitsAndBytesTarget | GGUFTarget):
         return
+    compressed = target if isinstance(target, CompressedTensorsTarget) else None
+    reader = "vLLM" if compressed else f"gptqmodel's {target.format}"
     for module, (outputs, inputs) in sizes.linears.items():
         if target.group_size != -1 and inputs % target.group_size:
-            fitting = [
-                size for size in (16, 32, 64, 128) if all(side % size == 0 for _, side in sizes.linears.values())
-            ]
-            remedy = f"group sizes that fit: {', '.join(map(str, fitting))}" if fitting else "quantize to bitsandbytes"
+            known = (32, 64, 128) if compressed else (16, 32, 64, 128)
+            fitting = [size for size in known if all(side % size == 0 for _, side in sizes.linears.values())]
+            otherwise = "take group_size -1" if compressed else "quantize to bitsandbytes"
+            remedy = f"group sizes that fit: {', '.join(map(str, fitting))}" if fitting else otherwise
             raise UnsupportedFormat(
                 f"{target.variant}: group_size {target.group_size} does not divide the {inputs} inputs of {module}; "
                 f"{remedy}"
             )
-        if isinstance(target, AWQTarget):
+        if compressed:  # int4 codes are packed along the inputs; vLLM makes room for whole words of them
+            sides = [("inputs", inputs, WORD // target.bits)] if compressed.scheme == "w4a16" else []
+        elif isinstance(target, AWQTarget):
             sides = [("outputs", outputs, AWQ_OUTPUTS)]
         else:  # codes are packed along the inputs, zero points along the outputs
             step = WORD if target.bits == 3 else WORD // target.bits  # noqa: PLR2004 - 32 codes of 3 bits share 3 words
@@ -129,8 +133,8 @@ def check_target(sizes: Sizes, target: Target) -> None:
         for side, count, step in sides:
             if count % step:
                 raise UnsupportedFormat(
-                    f"{target.variant}: the {count} {side} of {module} are no multiple of {step}, as gptqmodel's "
-                    f"{target.format} needs; quantize to bitsandbytes"
+                    f"{target.variant}: the {count} {side} of {module} are no multiple of {step}, as {reader} "
+                    "needs; quantize to bitsandbytes"
                 )
 
 

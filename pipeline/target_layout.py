@@ -12,13 +12,29 @@ from pipeline.catalog import format_to
 from pipeline.checkpoint import Checkpoint, Quantization
 from pipeline.dense_shapes import dense_shape
 from pipeline.errors import CheckpointError, UnsupportedFormat
-from pipeline.targets import AWQTarget, BitsAndBytesTarget, GGUFTarget, GPTQTarget, Target
+from pipeline.targets import (
+    AWQTarget,
+    BitsAndBytesTarget,
+    CompressedTensorsTarget,
+    GGUFTarget,
+    GPTQTarget,
+    Target,
+    grid_of,
+)
 
 BLOCK, NESTED = 64, 256  # bitsandbytes: weights to an absmax, absmax to a nested one
 WORD = 32  # bits of the int32 that codes are packed into
 _ANY: tuple[int, ...] = (-1,)  # quant_state is JSON, as long as it is
 
-Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # component → dtype and shape
+_FLOATS = "BF16 F16 F32"
+# compressed-tensors' scheme → its layout, the type of its codes, whether inputs are rounded too.
+_SCHEMES: Mapping[str, tuple[str, str, bool]] = {
+    "w4a16": ("pack-quantized", "int", False),
+    "w8a8": ("int-quantized", "int", True),
+    "fp8": ("float-quantized", "float", True),
+}
+
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # component → dtype, or several with spaces between, and shape
 
 
 def matches(target: Target, source: Checkpoint) -> bool:
@@ -28,10 +44,10 @@ def matches(target: Target, source: Checkpoint) -> bool:
 
 def check_grid(target: Target, source: Checkpoint) -> None:
     """Raise UnsupportedFormat where a target is to keep a grid that its source does not have."""
-    if isinstance(target, GPTQTarget | AWQTarget) and target.grid != "fresh" and not matches(target, source):
+    if (grid := grid_of(target)) != "fresh" and not matches(target, source):
         found = source.quantization.method if source.quantization else "dense"
         raise UnsupportedFormat(
-            f"{target.variant}: grid {target.grid} needs a source that is packed as {target.format} with the same "
+            f"{target.variant}: grid {grid} needs a source that is packed as {target.format} with the same "
             f"options, but {source.path} is {found if found != target.format else 'packed with others'}; leave grid out"
         )
 
@@ -46,19 +62,20 @@ def same_grid(target: Target, quantization: Quantization | None) -> bool:
 
     How the codes were chosen (damping, scale search, who rounded) is no part of it: bytes that stay are read alike.
     """
-    if quantization is None or isinstance(target, GGUFTarget):  # no GGUF block is kept: its tensors have other names
-        return False
-    if quantization.bits != target.bits or quantization.method != target.format:
+    if quantization is None or quantization.method != target.format:
         return False
     match target:
+        case GGUFTarget():  # no GGUF block is kept: its tensors have other names
+            return False
+        case CompressedTensorsTarget():  # says its bits of each of its schemes
+            return _same_compressed_tensors(target, quantization.raw)
         case BitsAndBytesTarget():
-            return _same_bitsandbytes(target, quantization.raw)
+            return quantization.bits == target.bits and _same_bitsandbytes(target, quantization.raw)
         case GPTQTarget():
-            return _same_gptq(target, quantization.raw)
+            return quantization.bits == target.bits and _same_gptq(target, quantization.raw)
         case AWQTarget():
-            return quantization.layout == "gemm" and _says(
-                quantization.raw, zero_point=True, group_size=target.group_size
-            )
+            gemm = quantization.bits == target.bits and quantization.layout == "gemm"
+            return gemm and _says(quantization.raw, zero_point=True, group_size=target.group_size)
 
 
 def laid_out(target: Target, source: Checkpoint) -> bool:
@@ -76,7 +93,7 @@ def laid_out(target: Target, source: Checkpoint) -> bool:
             return False
         for part, (dtype, shape) in layout.items():
             found = source.tensors[module + part]
-            if found.dtype != dtype or shape not in {found.shape, _ANY}:
+            if found.dtype not in dtype.split() or shape not in {found.shape, _ANY}:
                 return False
     return True
 
@@ -104,6 +121,34 @@ def _same_gptq(target: GPTQTarget, raw: Mapping[str, Any]) -> bool:
     )
 
 
+def _same_compressed_tensors(target: CompressedTensorsTarget, raw: Mapping[str, Any]) -> bool:
+    """One scheme for all modules, and no more than it needs: no cache, transform or outputs that are quantized."""
+    layout, kind, rounds_inputs = _SCHEMES[target.scheme]
+    groups = raw.get("config_groups")
+    if not isinstance(groups, Mapping) or len(groups) != 1:
+        return False
+    (group,) = groups.values()
+    if not isinstance(group, Mapping):  # the name of a preset
+        return False
+    weights, inputs = (group.get(key) or {} for key in ("weights", "input_activations"))
+    own: dict[str, object] = {"num_bits": target.bits, "type": kind, "symmetric": True}
+    if target.group_size != -1:
+        own["group_size"] = target.group_size
+    elif weights.get("group_size") not in (None, -1):
+        return False
+    tokens = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
+    return (
+        _says(weights, strategy="channel" if target.group_size == -1 else "group", **own)
+        and (_says(inputs, **tokens) if rounds_inputs else not inputs)
+        # The order of rounding is none of the bytes; groups in another order have a weight_g_idx.
+        and weights.get("actorder") in (None, "weight", "static")
+        and _says(raw, format=layout, quantization_status="compressed")
+        and group.get("format") in (None, layout)
+        and not any(raw.get(key) for key in ("kv_cache_scheme", "sparsity_config", "transform_config"))
+        and not any((weights.get("dynamic"), weights.get("scale_dtype"), group.get("output_activations")))
+    )
+
+
 def _says(raw: Mapping[str, Any], **options: object) -> bool:
     return all(type(raw.get(key)) is type(value) and raw[key] == value for key, value in options.items())
 
@@ -116,10 +161,8 @@ def _layout(target: Target, shape: tuple[int, ...]) -> Layout:
     match target:
         case GGUFTarget():
             raise AssertionError("no GGUF target is compared")
-        case BitsAndBytesTarget(bits=8):
-            return {".weight": ("I8", shape), ".SCB": ("F32", (outputs,)), ".weight_format": ("U8", ())}
         case BitsAndBytesTarget():
-            return _blocks(target, outputs * inputs)
+            return _bitsandbytes(target, outputs, inputs)
         case GPTQTarget():
             groups = -(-inputs // target.group_size) if target.group_size > 0 else 1
             return {
@@ -135,14 +178,28 @@ def _layout(target: Target, shape: tuple[int, ...]) -> Layout:
                 ".qzeros": ("I32", (groups, words)),
                 ".scales": ("F16", (groups, outputs)),
             }
+        case CompressedTensorsTarget():
+            return _compressed_tensors(target, outputs, inputs)
 
 
-def _blocks(target: BitsAndBytesTarget, count: int) -> Layout:
+def _compressed_tensors(target: CompressedTensorsTarget, outputs: int, inputs: int) -> Layout:
+    """Four bits: rows of whole words; eight: a code in each place."""
+    groups = inputs // target.group_size if target.group_size > 0 else 1
+    scales = {".weight_scale": (_FLOATS, (outputs, groups))}
+    if target.scheme != "w4a16":
+        return {".weight": ("I8" if target.scheme == "w8a8" else "F8_E4M3", (outputs, inputs)), **scales}
+    words = -(-inputs * target.bits // WORD)
+    return {".weight_packed": ("I32", (outputs, words)), ".weight_shape": ("I64", (2,)), **scales}
+
+
+def _bitsandbytes(target: BitsAndBytesTarget, outputs: int, inputs: int) -> Layout:
     """Four bits: codes in pairs, a scale for each block, and where those are quantized too, theirs."""
-    blocks = -(-count // BLOCK)
+    if target.bits == 8:  # noqa: PLR2004 - eight bits
+        return {".weight": ("I8", (outputs, inputs)), ".SCB": ("F32", (outputs,)), ".weight_format": ("U8", ())}
+    blocks = -(-outputs * inputs // BLOCK)
     nested = target.double_quant is not False
     found: dict[str, tuple[str, tuple[int, ...]]] = {
-        ".weight": ("U8", (-(-count // 2), 1)),
+        ".weight": ("U8", (-(-outputs * inputs // 2), 1)),
         ".weight.absmax": ("U8" if nested else "F32", (blocks,)),
         ".weight.quant_map": ("F32", (16,)),
         f".weight.quant_state.bitsandbytes__{target.type or 'nf4'}": ("U8", _ANY),

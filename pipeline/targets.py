@@ -155,6 +155,62 @@ class AWQTarget(_Target):
         return f"awq-{self.bits}bit"
 
 
+class CompressedTensorsTarget(_Target):
+    """compressed-tensors as vLLM runs it, symmetric."""
+
+    format: Literal["compressed-tensors"]
+    scheme: Literal["w4a16", "w8a8", "fp8"] = "w4a16"
+    """`w4a16`: int4 weights in groups; `w8a8`: int8 weights, `fp8`: float8_e4m3fn ones, a scale for each output, and
+    each token's inputs rounded alike while the model runs. fp8 is not calibrated and has none of the options below."""
+    group_size: Literal[-1, 32, 64, 128] = 128
+    """Weights of w4a16 that share a scale; -1 is a whole input row, as w8a8 and fp8 always have it."""
+    damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of the Gram matrix's mean diagonal that is added to it; raised by itself where that is too little."""
+    mse: bool = False
+    """Whether each scale is searched for the least squared error, instead of taken from the extremes."""
+    rounding: Literal["gptq", "nearest"] = "gptq"
+    """`nearest` rounds each weight by itself: no calibration, the floor to compare with."""
+    sequential: bool = False
+    """Whether a layer is calibrated on what the quantized layers before it give: one pass more."""
+    grid: Grid = "fresh"
+    """Where the source was packed on such a grid: `keep` rounds a changed module on its stored scales, `better` takes
+    whichever of both has the smaller error of the layer's output."""
+
+    @property
+    def bits(self) -> Literal[4, 8]:
+        """Bits of a code."""
+        return 4 if self.scheme == "w4a16" else 8
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its codes depend on the activations of calibration rows."""
+        return self.scheme != "fp8" and self.rounding == "gptq"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_scale_for_an_output(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("scheme", "w4a16") != "w4a16":
+            return {"group_size": -1, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _options_of_the_scheme(self) -> CompressedTensorsTarget:
+        if self.scheme != "w4a16" and self.group_size != -1:
+            raise ValueError(f"scheme {self.scheme} has one scale for each output; leave group_size out")
+        chosen = [
+            name for name in ("damping", "mse", "rounding", "sequential", "grid")
+            if getattr(self, name) != type(self).model_fields[name].default
+        ]  # fmt: skip
+        if self.scheme == "fp8" and chosen:
+            raise ValueError(f"scheme fp8 has no {chosen[0]}; leave it out")
+        if self.rounding == "nearest" and self.sequential:
+            raise ValueError("rounding nearest has no sequential; leave it out")
+        return self
+
+    def _default_name(self) -> str:
+        return f"{'rtn-' if self.rounding == 'nearest' else ''}{self.scheme}"
+
+
 class GGUFTarget(_Target):
     """GGUF, one file for llama.cpp, each weight rounded by itself in blocks of 32 that share a scale."""
 
@@ -166,7 +222,9 @@ class GGUFTarget(_Target):
         return f"gguf-{self.type}"
 
 
-Target = Annotated[BitsAndBytesTarget | GPTQTarget | AWQTarget | GGUFTarget, Field(discriminator="format")]
+Target = Annotated[
+    BitsAndBytesTarget | GPTQTarget | AWQTarget | CompressedTensorsTarget | GGUFTarget, Field(discriminator="format")
+]
 
 # What `train.base` makes of the dense weights before training stands on them.
 BASE_TARGETS: Mapping[str, BitsAndBytesTarget] = {
@@ -177,7 +235,19 @@ BASE_TARGETS: Mapping[str, BitsAndBytesTarget] = {
 
 def is_own(target: Target) -> bool:
     """Whether Requant's own engine makes it, in one pass with all others of its kind."""
-    return isinstance(target, GPTQTarget | AWQTarget) and target.engine == "requant"
+    return isinstance(target, CompressedTensorsTarget) or (
+        isinstance(target, GPTQTarget | AWQTarget) and target.engine == "requant"
+    )
+
+
+def is_sequential(target: Target) -> bool:
+    """Whether it is calibrated on its own quantized layers."""
+    return isinstance(target, GPTQTarget | CompressedTensorsTarget) and target.sequential
+
+
+def grid_of(target: Target) -> Grid:
+    """Whether its codes stay on the source's grid; bitsandbytes' and GGUF's have none."""
+    return "fresh" if isinstance(target, BitsAndBytesTarget | GGUFTarget) else target.grid
 
 
 _ADAPTER: TypeAdapter[Target] = TypeAdapter(Target)
@@ -215,7 +285,7 @@ def unknown_key(key: str, valid: Collection[str]) -> str:
 def first_sentence(error: ValidationError) -> str:
     """The first of pydantic's findings as `place: what was found`."""
     first = error.errors(include_url=False)[0]
-    tags = {"bitsandbytes", "gptq", "awq", "gguf", "Data", "literal['train']"}
+    tags = {"bitsandbytes", "gptq", "awq", "compressed-tensors", "gguf", "Data", "literal['train']"}
     place = ".".join(str(part) for part in first["loc"] if str(part) not in tags)
     said = first["msg"].removeprefix("Value error, ")
     found = first.get("input")

@@ -39,7 +39,8 @@ def test_a_quantized_checkpoint_in_facts(gptq):
     assert facts.bytes_as_bfloat16 == 2 * synthetic.TINY.parameters
     assert facts.problems == ()
     assert facts.trainable == "adapters on top, or after an upcast"
-    assert set(facts.becomes) == {"nf4", "int8", "gptq-4bit", "awq-4bit", "gguf-q8_0"}
+    expected = {"nf4", "int8", "gptq-4bit", "awq-4bit", "w4a16", "w8a8", "fp8", "gguf-q8_0"}
+    assert set(facts.becomes) == expected
     assert facts.becomes["nf4"] == ""
     assert "the 32 outputs of" in facts.becomes["awq-4bit"]
 

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.kept import Donor, Kept, keep, layer_of, made_from, packable, unfolded, writable
-from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget
+from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, parse_target
 
 GPTQ, AWQ, NF4 = GPTQTarget(format="gptq"), AWQTarget(format="awq"), BitsAndBytesTarget(format="bitsandbytes")
+W8A8 = parse_target("compressed-tensors:scheme=w8a8")
 MODULES = tuple(f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("mlp.up_proj", "mlp.down_proj"))
 NORMS = tuple(f"model.layers.{layer}.norm.weight" for layer in (0, 1))
 SHAPES = {
@@ -45,7 +46,7 @@ def test_every_module_is_kept_where_only_the_head_changed():
     assert kept.counted == {"source": 4}
 
 
-@pytest.mark.parametrize("target", [GPTQ, NF4])
+@pytest.mark.parametrize("target", [GPTQ, NF4, W8A8])
 def test_a_changed_weight_costs_its_own_module_and_no_other(target):
     kept = keep(target, SHAPES, changed(f"{MODULES[1]}.weight", NORMS[0]), [donor("source")])
     assert set(kept.modules) == set(MODULES) - {MODULES[1]}
@@ -122,9 +123,9 @@ def test_without_digests_nothing_is_kept():
     assert keep(AWQ, SHAPES, {}, [donor("source", made_from={}, folded=True)]).modules == {}
 
 
-def test_gptq_and_awq_pack_layers_and_bitsandbytes_every_linear():
+def test_bitsandbytes_packs_every_linear_and_all_others_those_of_layers():
     shapes = {**SHAPES, "model.project_out.weight": (8, 8)}
-    assert packable(GPTQ, shapes) == packable(AWQ, shapes) == set(MODULES)
+    assert packable(GPTQ, shapes) == packable(AWQ, shapes) == packable(W8A8, shapes) == set(MODULES)
     assert packable(NF4, shapes) == {*MODULES, "model.project_out"}
 
 

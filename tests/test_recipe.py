@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from pipeline.errors import RecipeError
 from pipeline.recipe import Recipe, load_recipe, parse_recipe
 from pipeline.sections import Upcast
-from pipeline.targets import parse_target
+from pipeline.targets import CompressedTensorsTarget, parse_target
 
 MINIMAL = "name: bot\nsource: ./model\n"
 
@@ -95,6 +95,9 @@ def test_the_recipe_survives_a_round_trip_as_json():
         ("awq:group_size=64", "awq-4bit"),
         ("gguf", "gguf-q8_0"),
         ("gguf:type=q4_0", "gguf-q4_0"),
+        ("compressed-tensors", "w4a16"),
+        ("compressed-tensors:scheme=w8a8,rounding=nearest", "rtn-w8a8"),
+        ("compressed-tensors:scheme=fp8", "fp8"),
     ],
 )
 def test_a_target_has_a_short_form(text: str, variant: str):
@@ -107,6 +110,31 @@ def test_a_target_has_a_short_form(text: str, variant: str):
 def test_a_wrong_target_is_one_sentence(text: str):
     with pytest.raises(RecipeError, match="--to"):
         parse_target(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("scheme=w8a8,group_size=64", "scheme w8a8 has one scale for each output; leave group_size out"),
+        ("scheme=fp8,group_size=128", "scheme fp8 has one scale for each output; leave group_size out"),
+        ("scheme=fp8,mse=true", "scheme fp8 has no mse; leave it out"),
+        ("scheme=fp8,rounding=nearest", "scheme fp8 has no rounding; leave it out"),
+        ("scheme=fp8,grid=keep", "scheme fp8 has no grid; leave it out"),
+        ("rounding=nearest,sequential=true", "rounding nearest has no sequential; leave it out"),
+        ("scheme=w4a4", "scheme: Input should be 'w4a16', 'w8a8' or 'fp8'"),
+        ("symmetric=false", "unknown key symmetric; valid keys are damping"),
+    ],
+)
+def test_what_a_scheme_of_compressed_tensors_has_not_is_said(options: str, said: str):
+    with pytest.raises(RecipeError, match=said):
+        parse_target(f"compressed-tensors:{options}")
+
+
+def test_what_a_job_is_told_of_a_target_is_the_target():
+    for scheme in ("w4a16", "w8a8", "fp8"):
+        target = parse_target(f"compressed-tensors:scheme={scheme}")
+        assert CompressedTensorsTarget.model_validate(target.model_dump()) == target
+        assert target.calibrated == (scheme != "fp8")
 
 
 @pytest.mark.parametrize("format_", ["gptq", "awq"])

@@ -80,6 +80,48 @@ def test_awq_alone_is_refused_where_activations_would_need_scales(tmp_path):
         check(folder, "awq")
 
 
+W4A16, NEAREST = "compressed-tensors:group_size=32", "compressed-tensors:group_size=32,rounding=nearest"
+FP8 = "compressed-tensors:scheme=fp8"
+
+
+def of_type(folder, kind, **keys):
+    """A Llama that says it is of another type."""
+    tiny_llama(folder, layers=1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": kind, **keys}))
+
+
+@pytest.mark.parametrize("target", [W4A16, "compressed-tensors:scheme=w8a8", FP8])
+def test_compressed_tensors_of_encoders_and_base_models_are_let_through(tmp_path, target):
+    for number, architecture in enumerate(
+        ("BertForSequenceClassification", "LlamaModel", "LlamaForTokenClassification")
+    ):
+        check(tiny_head(tmp_path / str(number), architecture), target)
+
+
+@pytest.mark.parametrize(
+    ("make", "said", "targets"),
+    [
+        (gpt2, "gpt2 cannot be reloaded .*transposed.*; quantize to bitsandbytes$", (W4A16, FP8)),
+        (mixtral, "mixtral cannot be reloaded .*experts.*; quantize to bitsandbytes$", (W4A16, FP8)),
+        (lambda f: of_type(f, "falcon"), r"falcon cannot be reloaded .*reads weights.*; use scheme fp8$", (W4A16,)),
+        (lambda f: of_type(f, "gemma3"), r"rtn-w4a16: gemma3 cannot be reloaded .*; use scheme fp8$", (NEAREST,)),
+        (
+            lambda f: of_type(f, "bart", is_encoder_decoder=True),
+            "bart cannot be calibrated .*; use scheme fp8, or rounding nearest$",
+            (W4A16, "compressed-tensors:scheme=w8a8"),
+        ),
+    ],
+)
+def test_compressed_tensors_that_would_not_reload_is_refused_and_what_would_is_not(tmp_path, make, said, targets):
+    make(tmp_path)
+    for target in targets:
+        with pytest.raises(UnsupportedFormat, match=said):
+            check(tmp_path, target)
+    if FP8 not in targets:
+        check(tmp_path, FP8)
+
+
 def test_an_encoder_with_a_decoder_is_refused(tmp_path):
     folder = tiny_llama(tmp_path, layers=1)
     config = json.loads((folder / "config.json").read_text())

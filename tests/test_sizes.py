@@ -8,7 +8,7 @@ from pipeline.catalog import DENSE
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import UnsupportedFormat
 from pipeline.sizes import Sizes, check_target, dense_sizes
-from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget
+from pipeline.targets import AWQTarget, BitsAndBytesTarget, GPTQTarget, parse_target
 from tests.checkpoints import tiny_llama
 
 
@@ -39,6 +39,21 @@ def test_sides_that_cannot_be_packed_are_refused_with_the_layer(target, outputs,
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_what_fits_is_let_through_whatever_the_heads_size(bits):
     check_target(sizes(64, 96), GPTQTarget(format="gptq", bits=bits, group_size=32))
+
+
+@pytest.mark.parametrize(
+    ("options", "inputs", "said"),
+    [
+        ("group_size=128", 96, "w4a16: group_size 128 does not divide the 96 inputs of .*; group sizes that fit: 32$"),
+        ("group_size=32", 48, "take group_size -1$"),
+        ("group_size=-1", 12, "the 12 inputs of .* are no multiple of 8, as vLLM needs"),
+    ],
+)
+def test_int4_in_groups_must_fit_the_inputs(options, inputs, said):
+    with pytest.raises(UnsupportedFormat, match=said):
+        check_target(sizes(7, inputs), parse_target(f"compressed-tensors:{options}"))
+    check_target(sizes(7, inputs), parse_target("compressed-tensors:scheme=w8a8"))
+    check_target(sizes(7, inputs), parse_target("compressed-tensors:scheme=fp8"))
 
 
 def test_bitsandbytes_fits_every_shape():

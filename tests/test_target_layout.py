@@ -15,10 +15,11 @@ from pipeline.target_layout import check_grid, matches, same_options
 from pipeline.targets import BASE_TARGETS, parse_target
 from tests.every_format import good
 
-FORMATS = ("gptq", "gptq desc_act", "gptq 3 bits", "awq", "nf4", "fp4", "int8", "gemv", "dense", "fp8")
+FORMATS = ("gptq", "gptq desc_act", "gptq 3 bits", "awq", "nf4", "fp4", "int8", "gemv", "dense", "fp8",
+           "compressed-tensors int4", "float-quantized")  # fmt: skip
 TARGETS = {
     "gptq": "gptq", "gptq desc_act": "gptq:desc_act=true", "gptq 3 bits": "gptq:bits=3", "awq": "awq", "nf4": "nf4",
-    "int8": "int8",
+    "int8": "int8", "compressed-tensors int4": "compressed-tensors",
 }  # fmt: skip
 
 
@@ -44,6 +45,10 @@ def test_a_source_matches_the_target_that_asks_for_it_and_no_other(folders, name
         ("awq", "awq:group_size=64"),
         ("nf4", "nf4:double_quant=false"),
         ("nf4", "fp4"),
+        ("compressed-tensors int4", "compressed-tensors:group_size=64"),
+        ("compressed-tensors int4", "compressed-tensors:group_size=-1"),
+        ("compressed-tensors int4", "compressed-tensors:scheme=w8a8"),
+        ("float-quantized", "compressed-tensors:scheme=fp8"),  # its inputs are not rounded
     ],
 )
 def test_another_option_is_another_grid(folders, name, text):
@@ -58,6 +63,12 @@ def test_another_option_is_another_grid(folders, name, text):
         ("gptq", "gptq:group_size=64,grid=keep", "is packed with others; leave grid out"),
         ("gptq", "gptq:grid=keep", ""),
         ("awq", "awq:grid=better", ""),
+        ("compressed-tensors int4", "compressed-tensors:grid=keep", ""),
+        (
+            "gptq",
+            "compressed-tensors:grid=keep",
+            "w4a16: grid keep needs a source that is packed as compressed-tensors",
+        ),
         ("dense", "awq", ""),
         ("dense", "nf4", ""),
     ],
@@ -102,6 +113,11 @@ def test_an_option_left_out_is_its_default(text, same):
         ("nf4", {"bnb_4bit_use_double_quant": None}),
         ("int8", {"llm_int8_threshold": 0.0}),
         ("int8", {"llm_int8_has_fp16_weight": True}),
+        ("compressed-tensors int4", {"quantization_status": "frozen"}),
+        ("compressed-tensors int4", {"kv_cache_scheme": {"num_bits": 8}}),
+        ("compressed-tensors int4", {"config_groups": {}}),
+        ("compressed-tensors int4", {"config_groups": ["W4A16"]}),
+        ("compressed-tensors int4", {"config_groups": {"W4A16": ["Linear"]}}),
     ],
 )
 def test_what_a_config_leaves_unsaid_or_says_otherwise_is_not_the_same(tmp_path, name, keys):

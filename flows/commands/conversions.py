@@ -110,10 +110,10 @@ def quantize(
     dst
         The folder to write; it must not exist or be empty.
     to
-        A target, such as nf4, int8, gptq:bits=4,group_size=128, awq:group_size=64 or gguf:type=q8_0; may be given
-        several times.
+        A target, such as nf4, int8, gptq:bits=4,group_size=128, awq:group_size=64, compressed-tensors:scheme=fp8 or
+        gguf:type=q8_0; may be given several times.
     calibration
-        The rows that GPTQ and AWQ are calibrated on.
+        The rows that GPTQ, AWQ, w4a16 and w8a8 are calibrated on.
     samples
         How many calibration samples to take.
     sequence_length

@@ -28,6 +28,7 @@ from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, MissingTensor, UnsupportedFormat
 from pipeline.formats import tiles
 from pipeline.formats.components import ALL, FLOATS, WORDS, require, require_finite
+from pipeline.formats.rounded import Rounded
 from pipeline.formats.schemes import Scheme, check_model, scheme_of
 from pipeline.formats.small_floats import E8M0, FP8, fp4_floats, fp6_floats, fp8_floats, scale_floats
 from pipeline.formats.words import WORD, unpack_floats
@@ -85,6 +86,18 @@ def dequantize(group: TensorGroup, quantization: Quantization, rows: slice = ALL
     for part, factors in _tiles(packed, weight, scales):
         part.mul_(factors)
     return weight
+
+
+def unpack(group: TensorGroup, quantization: Quantization) -> Rounded:
+    """The codes of a module of symmetric integers on their grid, its groups one after another."""
+    packed = _packed(group, quantization)
+    half, (outputs, inputs) = 1 << packed.scheme.bits - 1, packed.shape
+    codes = _codes(packed, 0, outputs).add_(0 if packed.words else half)
+    return Rounded(
+        bits=packed.scheme.bits, codes=codes.to(torch.uint8), scales=packed.scales,
+        zeros=torch.full_like(packed.scales, half, dtype=torch.uint8),
+        groups=torch.arange(inputs, dtype=torch.int32, device=codes.device) // packed.block[1],
+    )  # fmt: skip
 
 
 def _tiles(packed: _Packed, weight: Tensor, rows: Tensor) -> list[tuple[Tensor, Tensor]]:

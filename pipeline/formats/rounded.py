@@ -13,8 +13,9 @@ from torch import Tensor
 class Rounded:
     """W = (codes - zeros) * scales, with O outputs, I inputs and G groups of inputs that share a scale.
 
-    `codes`: uint8 [O, I], below 2 ** bits. `scales`: float16 [O, G]. `zeros`: uint8 [O, G], at most 2 ** bits - 1.
-    `groups`: int32 [I], the group of each input; i // group size unless the columns were ordered (desc_act).
+    `codes`: uint8 [O, I], below 2 ** bits. `scales`: [O, G], in the dtype in which they are stored. `zeros`: uint8
+    [O, G], at most 2 ** bits - 1. `groups`: int32 [I], the group of each input; i // group size unless the columns were
+    ordered (desc_act).
     """
 
     bits: int

@@ -180,13 +180,13 @@ class Pass:
         return passed
 
 
-def unasked(streamed: Streamed) -> Iterator[Passed]:
-    """Every layer with its weights alone, for what asks nothing of the calibration rows."""
+def unasked(streamed: Streamed, *, done: int = 0) -> Iterator[Passed]:
+    """Every layer but the first `done` with its weights alone, for what asks nothing of the calibration rows."""
 
     def nothing() -> Any:
         raise AssertionError("no batch has passed")
 
-    for index, name in enumerate(streamed.layers):
+    for index, name in list(enumerate(streamed.layers))[done:]:
         with streamed.loaded(name) as module:
             yield Passed(index=index, name=name, module=module, grams={}, run=nothing, state=nothing)
 

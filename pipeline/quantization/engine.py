@@ -1,4 +1,4 @@
-"""GPTQ and AWQ for every target of a recipe, from one calibration pass.
+"""GPTQ, AWQ and compressed-tensors for every target of a recipe, from one calibration pass.
 
 Layer after layer the pass gives weights and Gram matrices, each target rounds them, and what it packed lies in a file
 of its own for each layer before the next one begins: a run that was killed goes on there. At the end the folder is made
@@ -19,19 +19,34 @@ from pathlib import Path
 from safetensors import safe_open
 
 from pipeline import progress, tensor_file
+from pipeline.catalog import format_to
 from pipeline.checkpoint import INDEX, Checkpoint
 from pipeline.digests import digest_value, file_marks
 from pipeline.evaluation.load import device
+from pipeline.quantization import compressed_tensors
 from pipeline.quantization.calibration import Pass, Passed, State, unasked
 from pipeline.quantization.folder import Order, Written, scan, write_folder
-from pipeline.quantization.rounders import Rounder, rounder_of
+from pipeline.quantization.rounders import AWQ, GPTQ, Rounder
 from pipeline.quantization.streamed import Streamed, linears_of
 from pipeline.quantization.survival import Survival, sentence
 from pipeline.shards import ShardReader
-from pipeline.targets import AWQTarget, GPTQTarget
+from pipeline.targets import AWQTarget, CompressedTensorsTarget, GPTQTarget, grid_of, is_sequential
 
 VERSION = 1  # raised when the same order gives other bytes
 SAVE_EVERY = 30.0  # seconds between two savings of the activations, from which a killed run goes on
+
+
+def rounder_of(order: Order, parent: Checkpoint, streamed: Streamed) -> Rounder:
+    """Who rounds for an order's target."""
+    match order.target:
+        case GPTQTarget():
+            return GPTQ(order, parent, streamed)
+        case AWQTarget():
+            return AWQ(order, parent, streamed)
+        case CompressedTensorsTarget(scheme="fp8"):
+            return compressed_tensors.Floats(order, parent, streamed)
+        case _:
+            return compressed_tensors.SymmetricIntegers(order, parent, streamed)
 
 
 def write(orders: Sequence[Order]) -> list[Written]:
@@ -65,7 +80,7 @@ class _Work:
     @property
     def sequential(self) -> bool:
         """Whether it is calibrated on its own quantized layers."""
-        return isinstance(self.order.target, GPTQTarget) and self.order.target.sequential
+        return is_sequential(self.order.target)
 
     def keep(self, passed: Passed) -> None:
         """Round a layer; what it gives lies on the disk."""
@@ -101,8 +116,9 @@ def _prepare(order: Order, parent: Checkpoint) -> None:
 
 
 def _round(work: _Work, streamed: Streamed) -> None:
-    """Every layer of an order that asks nothing of the calibration rows."""
-    for passed in unasked(streamed):
+    """Every layer of an order that asks nothing of the calibration rows, but those that a killed run left whole."""
+    done = len(list((work.order.scratch / "made").glob("layer-*.safetensors")))
+    for passed in unasked(streamed, done=done):
         work.keep(passed)
         unit = f"{work.order.target.variant} layers"
         progress.step("quantize", done=passed.index + 1, total=len(streamed.layers), unit=unit)
@@ -160,9 +176,10 @@ def _finish(work: _Work, parent: Checkpoint) -> Written:
         survivors |= survived
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8")
     made = Checkpoint.open(folder)
-    assert isinstance(order.target, GPTQTarget | AWQTarget)
-    written = write_folder(order, parent, made, quantization=work.rounder.config(), scaled=order.target.format == "awq")
-    if said := sentence(order.target.variant, survivors, grid=order.target.grid):
+    packed = {*format_to(order.target).packed_modules(made.tensors), *order.kept}
+    quantization, scaled = work.rounder.config(packed), order.target.format == "awq"
+    written = write_folder(order, parent, made, quantization=quantization, scaled=scaled)
+    if said := sentence(order.target.variant, survivors, grid=grid_of(order.target)):
         progress.message("quantize", said)
     return replace(written, survival=survivors)
 

@@ -33,14 +33,22 @@ STRIP = 32  # columns of a block that look back one by one; beyond them a block,
 ROWS_AT_ONCE = 1024
 
 
-def round_gptq(weight: Tensor, gram: Tensor, *, target: GPTQTarget, fixed: Rounded | None = None) -> Rounded:
+def round_gptq(
+    weight: Tensor,
+    gram: Tensor,
+    *,
+    target: GPTQTarget,
+    dtype: torch.dtype = torch.float16,
+    fixed: Rounded | None = None,
+) -> Rounded:
     """float32 `weight` [O, I] on a grid of the target's options, with the least tr(ΔW H ΔWᵀ) that GPTQ finds.
 
     `gram` is H = XᵀX, float32 [I, I], of the inputs. Rows are independent: linears with one input may be stacked.
-    `fixed` gives a grid to stay on: its scales, zero points and groups, with new codes. An input that was never active
-    (a zero on the diagonal) is rounded to nearest. Takes O·I² + I³/3 multiply-adds, and memory for two copies of
-    `gram` and one of `weight`. Raise NonFinite for a NaN or infinity in either, NotPositiveDefinite where even the
-    whole mean diagonal, added to it, does not make `gram` positive definite.
+    `dtype` is that of the scales as they will be stored. `fixed` gives a grid to stay on: its scales, zero points and
+    groups, with new codes. An input that was never active (a zero on the diagonal) is rounded to nearest. Takes O·I² +
+    I³/3 multiply-adds, and memory for two copies of `gram` and one of `weight`. Raise NonFinite for a NaN or infinity
+    in either, NotPositiveDefinite where even the whole mean diagonal, added to it, does not make `gram` positive
+    definite.
     """
     inputs = weight.shape[1]
     if not all_finite(weight):
@@ -49,7 +57,7 @@ def round_gptq(weight: Tensor, gram: Tensor, *, target: GPTQTarget, fixed: Round
         raise NonFinite("the activations of the calibration rows hold NaN or infinity; calibrate with other rows")
     whole = target.desc_act or target.group_size == -1 or fixed is not None  # a grid that is there bears any order
     order = _order(gram.diagonal(), inputs if whole else target.group_size)
-    grid = _known_grid(weight, order, target, fixed)
+    grid = _known_grid(weight, order, target, dtype, fixed)
     work = _Work(
         weight=weight.index_select(1, order).T.contiguous(),
         factor=_factor(gram, order, damping=target.damping),
@@ -58,13 +66,14 @@ def round_gptq(weight: Tensor, gram: Tensor, *, target: GPTQTarget, fixed: Round
         scales=divisors(grid.scales.T).contiguous(),
         zeros=grid.zeros.T.float().contiguous(),
         top=2**target.bits - 1,
+        dtype=dtype,
     )
     dynamic = fixed is None and target.group_size != -1 and not target.static_groups
     _round(work, target if dynamic else None)
     return Rounded(
         bits=target.bits,
         codes=work.codes.index_select(0, torch.argsort(order)).T.contiguous(),
-        scales=grid.scales if fixed else work.scales.T.half().contiguous(),
+        scales=grid.scales if fixed else work.scales.T.to(dtype).contiguous(),
         zeros=work.zeros.T.to(torch.uint8).contiguous(),
         groups=grid.groups,
     )
@@ -84,7 +93,8 @@ class _Work:
     """The columns in the order of rounding, I of them, and the grids of their groups; float32 where nothing is said.
 
     `weight` [I, O]: what a rounded column lost, w - q, takes its place. `factor` [I, I]: F. `codes` uint8 [I, O].
-    `groups` int32 [I]. `scales`, `zeros` [G, O]: filled as the groups are reached, where they are not known before.
+    `groups` int32 [I]. `scales`, `zeros` [G, O]: filled as the groups are reached, where they are not known before;
+    scales have values of `dtype`.
     """
 
     weight: Tensor
@@ -94,6 +104,7 @@ class _Work:
     scales: Tensor
     zeros: Tensor
     top: int
+    dtype: torch.dtype
 
 
 def _order(diagonal: Tensor, size: int) -> Tensor:
@@ -104,7 +115,9 @@ def _order(diagonal: Tensor, size: int) -> Tensor:
     return inside[torch.argsort(grouped.amax(1), descending=True, stable=True)].flatten()
 
 
-def _known_grid(weight: Tensor, order: Tensor, target: GPTQTarget, fixed: Rounded | None) -> Rounded:
+def _known_grid(
+    weight: Tensor, order: Tensor, target: GPTQTarget, dtype: torch.dtype, fixed: Rounded | None
+) -> Rounded:
     """The grid as far as it is known before the first column: all of it, or the groups alone, with scales to come."""
     outputs, inputs = weight.shape
     if fixed is not None:
@@ -112,11 +125,12 @@ def _known_grid(weight: Tensor, order: Tensor, target: GPTQTarget, fixed: Rounde
         return fixed
     if target.group_size == -1 or target.static_groups:
         scales, zeros = find_grid(
-            weight, bits=target.bits, group_size=target.group_size, symmetric=target.symmetric, mse=target.mse
-        )
+            weight, bits=target.bits, group_size=target.group_size, symmetric=target.symmetric, mse=target.mse,
+            dtype=dtype,
+        )  # fmt: skip
     else:
         assert inputs % target.group_size == 0, "check_target refuses it"
-        scales = torch.zeros(outputs, inputs // target.group_size, dtype=torch.float16, device=weight.device)
+        scales = torch.zeros(outputs, inputs // target.group_size, dtype=dtype, device=weight.device)
         zeros = torch.zeros_like(scales, dtype=torch.uint8)
     groups = consecutive(inputs, scales.shape[1], weight.device)
     if target.desc_act and not target.static_groups:
@@ -173,7 +187,9 @@ def _find(work: _Work, owed: Tensor, first: int, target: GPTQTarget) -> None:
     # The inverse times `owed` takes a third of the time that solving for it takes.
     inverse = torch.linalg.solve_triangular(own, identity, upper=False, unitriangular=True)
     moved = torch.addmm(work.weight[first:end], inverse, owed)
-    scales, zeros = find_grid(moved.T, bits=target.bits, group_size=-1, symmetric=target.symmetric, mse=target.mse)
+    scales, zeros = find_grid(
+        moved.T, bits=target.bits, group_size=-1, symmetric=target.symmetric, mse=target.mse, dtype=work.dtype
+    )
     group = int(work.groups[first])
     work.scales[group], work.zeros[group] = scales[:, 0], zeros[:, 0]
 

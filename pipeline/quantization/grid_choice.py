@@ -11,7 +11,7 @@ from pipeline.formats.rounded import Rounded, split, stack
 from pipeline.quantization.awq import clip
 from pipeline.quantization.gptq import round_gptq, trace_error
 from pipeline.quantization.grids import nearest, onto
-from pipeline.targets import AWQTarget, GPTQTarget, Grid
+from pipeline.targets import AWQTarget, CompressedTensorsTarget, GPTQTarget, Grid
 
 Weights = Mapping[str, Tensor]
 
@@ -43,13 +43,23 @@ def settle(
     return found
 
 
-def anew_by_gptq(weights: Weights, *, gram: Tensor | None, target: GPTQTarget) -> dict[str, Rounded]:
-    """Modules of one input, stacked, by GPTQ, each on a grid of its own; the nearest codes where there is no gram."""
+def anew_by_gptq(
+    weights: Weights, *, gram: Tensor | None, target: GPTQTarget, dtype: torch.dtype = torch.float16
+) -> dict[str, Rounded]:
+    """Modules of one input, stacked, by GPTQ, each on a grid of its own; the nearest codes where there is no gram.
+
+    `dtype` is that of the scales.
+    """
     if gram is not None:
-        return _apart(weights, round_gptq(torch.cat([*weights.values()]), gram, target=target))
+        return _apart(weights, round_gptq(torch.cat([*weights.values()]), gram, target=target, dtype=dtype))
     return {
         name: nearest(
-            weight, bits=target.bits, group_size=target.group_size, symmetric=target.symmetric, mse=target.mse
+            weight,
+            bits=target.bits,
+            group_size=target.group_size,
+            symmetric=target.symmetric,
+            mse=target.mse,
+            dtype=dtype,
         )
         for name, weight in weights.items()
     }
@@ -73,6 +83,14 @@ def on_awq_grid(target: AWQTarget) -> GPTQTarget:
     return GPTQTarget(
         format="gptq", bits=target.bits, group_size=target.group_size, symmetric=False, rounding=target.rounding
     )
+
+
+def on_symmetric_grid(target: CompressedTensorsTarget) -> GPTQTarget:
+    """What codes of compressed-tensors' integers are chosen by."""
+    return GPTQTarget(
+        format="gptq", bits=target.bits, group_size=target.group_size, damping=target.damping,
+        mse=target.mse, rounding=target.rounding, sequential=target.sequential,
+    )  # fmt: skip
 
 
 def _on_stored(

@@ -1,9 +1,9 @@
 """Grids of integers for a weight: the scales and zero points of each group of it, and the codes nearest to it there.
 
 A grid is found as GPTQ finds it (github.com/IST-DASLab/gptq, quant.py `Quantizer`), with two differences. A scale is
-rounded to float16, as it will be stored, before any code is chosen: a code is the nearest on the grid that is read
-back. And a symmetric group whose weights are all positive gets the scale of its largest one like any other; GPTQ takes
-half of it there, and cuts off the upper half of the weights.
+rounded to the dtype in which it will be stored, float16 or another, before any code is chosen: a code is the nearest on
+the grid that is read back. And a symmetric group whose weights are all positive gets the scale of its largest one like
+any other; GPTQ takes half of it there, and cuts off the upper half of the weights.
 """
 
 from __future__ import annotations
@@ -27,34 +27,50 @@ AT_ONCE = 1 << 18  # weights that are worked on together: they and a copy or two
 
 
 def find_grid(
-    weight: Tensor, *, bits: int, group_size: int, symmetric: bool, mse: bool = False
+    weight: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    mse: bool = False,
+    dtype: torch.dtype = torch.float16,
 ) -> tuple[Tensor, Tensor]:
-    """Scales float16 [O, G] and zero points uint8 [O, G] for float32 `weight` [O, I]; G groups of consecutive inputs.
+    """Scales [O, G] in `dtype`, zero points uint8 [O, G] for float32 `weight` [O, I]; G groups of consecutive inputs.
 
     A grid spans its group's extremes and zero. `mse` tries 80 ranges, from the whole down to a fifth, and takes the
     one whose errors, to the power of 2.4, have the least sum. `group_size` -1 is one group; it divides I. Raise
-    NonFinite where a scale is beyond float16, or a weight no number.
+    NonFinite where a scale is beyond `dtype`, or a weight no number.
     """
     outputs, inputs = weight.shape
     size = inputs if group_size == -1 else group_size
     assert inputs % size == 0, "check_target refuses it"
     grouped = weight.reshape(outputs, inputs // size, size)
     low, high = _extremes(grouped, symmetric=symmetric)
-    scales, zeros = _spanning(low, high, bits=bits, symmetric=symmetric)
+    scales, zeros = _spanning(low, high, bits=bits, symmetric=symmetric, dtype=dtype)
     if not all_finite(scales):
         raise NonFinite(
-            "the weights hold NaN, or values so large that no float16 scale reaches them; train again with a lower "
-            "learning rate, or quantize to bitsandbytes"
+            f"the weights hold NaN, or values so large that no {str(dtype).removeprefix('torch.')} scale reaches them; "
+            "train again with a lower learning rate, or quantize to bitsandbytes"
         )
     if mse:
         for rows in _chunks(weight):
-            scales[rows], zeros[rows] = _searched(grouped[rows], low[rows], high[rows], bits=bits, symmetric=symmetric)
+            scales[rows], zeros[rows] = _searched(
+                grouped[rows], low[rows], high[rows], bits=bits, symmetric=symmetric, dtype=dtype
+            )
     return scales, zeros.to(torch.uint8)
 
 
-def nearest(weight: Tensor, *, bits: int, group_size: int, symmetric: bool, mse: bool = False) -> Rounded:
+def nearest(
+    weight: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    mse: bool = False,
+    dtype: torch.dtype = torch.float16,
+) -> Rounded:
     """float32 `weight` [O, I], each weight by itself, on the grid that `find_grid` finds."""
-    scales, zeros = find_grid(weight, bits=bits, group_size=group_size, symmetric=symmetric, mse=mse)
+    scales, zeros = find_grid(weight, bits=bits, group_size=group_size, symmetric=symmetric, mse=mse, dtype=dtype)
     groups = consecutive(weight.shape[1], scales.shape[1], weight.device)
     codes = torch.empty_like(weight, dtype=torch.uint8)
     return onto(weight, Rounded(bits=bits, codes=codes, scales=scales, zeros=zeros, groups=groups))
@@ -72,7 +88,7 @@ def onto(weight: Tensor, grid: Rounded) -> Rounded:
 
 
 def divisors(scales: Tensor) -> Tensor:
-    """float16 `scales` as float32, those that are zero as the smallest: other writers give a row of zeros such."""
+    """Stored `scales` as float32, those that are zero as the smallest: other writers give a row of zeros such."""
     return scales.float().masked_fill_(scales == 0, SMALLEST_SCALE)
 
 
@@ -91,20 +107,23 @@ def _extremes(grouped: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor]:
     return low.masked_fill_(empty, -1), high.masked_fill_(empty, 1)
 
 
-def _spanning(low: Tensor, high: Tensor, *, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """The float16 scales that divide low … high in 2 ** bits - 1 steps, and the zero points, as float32."""
+def _spanning(low: Tensor, high: Tensor, *, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The scales in `dtype` that divide low … high in 2 ** bits - 1 steps, and the zero points, as float32."""
     top = 2**bits - 1
-    scales = ((high - low) / top).half().clamp_(min=SMALLEST_SCALE)
+    smallest = SMALLEST_SCALE if dtype == torch.float16 else torch.finfo(dtype).tiny
+    scales = ((high - low) / top).to(dtype).clamp_(min=smallest)
     if symmetric:
         return scales, torch.full_like(low, 2 ** (bits - 1))
     return scales, torch.round(-low / scales.float()).clamp_(0, top)
 
 
-def _searched(grouped: Tensor, low: Tensor, high: Tensor, *, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _searched(
+    grouped: Tensor, low: Tensor, high: Tensor, *, bits: int, symmetric: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """The scales and zero points of the shrunk range with the least error."""
     grouped, found = grouped.contiguous(), None
     for shrink in SHRINKS:
-        scales, zeros = _spanning(low * shrink, high * shrink, bits=bits, symmetric=symmetric)
+        scales, zeros = _spanning(low * shrink, high * shrink, bits=bits, symmetric=symmetric, dtype=dtype)
         error = _error(grouped, scales, zeros, top=2**bits - 1)
         if found is None:
             found = scales, zeros, error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -23,6 +24,21 @@ def head_of(model: Any) -> tuple[str, ...]:
     base = f"{model.base_model_prefix}."
     linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     return tuple(name for name in linear if not name.startswith(base))
+
+
+def left_dense(dense: Checkpoint, packed: Collection[str], *, trust_remote_code: bool) -> list[str]:
+    """The linear modules of the model that are not among the `packed` modules of its checkpoint, sorted.
+
+    Where the checkpoint calls one otherwise than transformers, both names.
+    """
+    skeleton = skeleton_of(
+        dense.folder, dtype=torch.float32, trust_remote_code=trust_remote_code, stored=len(dense.tensors)
+    )
+    places = {name: place.parameter for name in dense.tensors if (place := skeleton.place(name))}
+    stored = {parameter.removesuffix(".weight"): name.removesuffix(".weight") for name, parameter in places.items()}
+    linear = (name for name, module in skeleton.model.named_modules() if isinstance(module, torch.nn.Linear))
+    pairs = ((name, stored.get(name, name)) for name in linear)
+    return sorted({name for pair in pairs if pair[1] not in packed for name in pair})
 
 
 def kept_dense(dense: Checkpoint, *, trust_remote_code: bool) -> list[str] | None:

@@ -11,7 +11,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.kept import Donor
 from pipeline.quantization.copies import Copies
 from pipeline.quantization.folder import Order, Written, check_finite, finish
-from pipeline.quantization.heads import kept_dense
+from pipeline.quantization.heads import kept_dense, left_dense
 from pipeline.shard_writer import ShardWriter
 from pipeline.shards import ShardReader
 
@@ -48,10 +48,13 @@ def _shapes(parent: Checkpoint, copies: Copies) -> Iterator[tuple[str, tuple[str
 
 
 def _quantization(order: Order, parent: Checkpoint, donor: Donor) -> dict[str, Any]:
-    """The donor's own config, which also names the parent's classification head where it must be."""
+    """The donor's own config, which also names what of the parent stays dense where it must be."""
     quantization = Checkpoint.open(donor.folder).quantization
     assert quantization is not None
     raw = dict(quantization.raw)
+    if order.target.format == "compressed-tensors":
+        ignored = left_dense(parent, order.kept, trust_remote_code=order.trust_remote_code)
+        return {**raw, "ignore": sorted({*ignored, *(raw.get("ignore") or ())})}
     key = NOT_CONVERTED.get(order.target.format)
     if key and (head := kept_dense(parent, trust_remote_code=order.trust_remote_code)):
         raw[key] = sorted({*head, *(raw.get(key) or ())})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoint import Checkpoint
@@ -26,7 +27,7 @@ from pipeline.quantization.source_grids import SourceGrids
 from pipeline.quantization.streamed import Streamed, linears_of
 from pipeline.quantization.survival import Survival
 from pipeline.shards import DTYPES
-from pipeline.targets import AWQTarget, GPTQTarget
+from pipeline.targets import AWQTarget, GPTQTarget, grid_of
 
 # Who made it, as loaders read it: gptqmodel refuses asymmetric v1 zero points by a writer that it does not know,
 # because AutoGPTQ's were wrong; they are packed here as by gptqmodel since that version.
@@ -49,49 +50,47 @@ class Rounder(Protocol):
         """Module of the layer → what its training is on the source's grid, where it changed and the source has one."""
         ...
 
-    def config(self) -> dict[str, Any]:
-        """The quantization_config of the folder."""
+    def config(self, packed: Collection[str]) -> dict[str, Any]:
+        """The quantization_config of a folder whose `packed` modules are these, by their names there."""
         ...
 
 
-def rounder_of(order: Order, parent: Checkpoint, streamed: Streamed) -> Rounder:
-    """The one for an order's target."""
-    return GPTQ(order, parent, streamed) if isinstance(order.target, GPTQTarget) else AWQ(order, parent, streamed)
+class Integers:
+    """GPTQ's rounding, or to nearest, on grids of integers: what every layout of them shares.
 
+    `target` is what codes are chosen by, `dtype_of` says of a module of the checkpoint how its scales are stored.
+    """
 
-class GPTQ:
-    """GPTQ's rounding, or to nearest, in GPTQ's v1 layout."""
-
-    def __init__(self, order: Order, parent: Checkpoint, streamed: Streamed) -> None:
-        assert isinstance(order.target, GPTQTarget)
-        self._order, self._target, self._streamed = order, order.target, streamed
+    def __init__(
+        self,
+        order: Order,
+        parent: Checkpoint,
+        streamed: Streamed,
+        *,
+        target: GPTQTarget,
+        pack: Callable[[Rounded], Mapping[str, Tensor]],
+        dtype_of: Callable[[str], torch.dtype],
+    ) -> None:
+        self._order, self._grid, self._target, self._streamed = order, grid_of(order.target), target, streamed
+        self._pack, self._dtype_of = pack, dtype_of
         self._grids = SourceGrids(order, parent)
         self._replaced: dict[str, Rounded] = {}
 
     def __call__(self, passed: Passed) -> Mapping[str, Tensor]:
-        """qweight, qzeros, scales and g_idx of each linear module."""
+        """The packed tensors of each linear module."""
         rounded = self._replaced or dict(self._rounded(passed))
         self._replaced = {}
-        return dict(_packed(self._streamed, passed, rounded, gptq_layout.pack))
+        return dict(_packed(self._streamed, passed, rounded, self._pack))
 
     def replace(self, passed: Passed) -> None:
         """Give the layer's modules what their codes stand for."""
         self._replaced = dict(self._rounded(passed))
         for name, found in self._replaced.items():
-            _weight(passed, name).copy_(found.dense())
+            weight_of(passed, name).copy_(found.dense())
 
     def survivors(self) -> Mapping[str, Survival]:
         """As asked for."""
         return self._grids.survivors()
-
-    def config(self) -> dict[str, Any]:
-        """As gptqmodel writes it."""
-        target = self._target
-        return {
-            "bits": target.bits, "checkpoint_format": "gptq", "desc_act": target.desc_act, "format": "gptq",
-            "group_size": target.group_size, "lm_head": False, "meta": {"quantizer": QUANTIZERS},
-            "pack_dtype": "int32", "quant_method": "gptq", "sym": target.symmetric,
-        }  # fmt: skip
 
     def _rounded(self, passed: Passed) -> Iterator[tuple[str, Rounded]]:
         """Modules of one input together: their rows are independent."""
@@ -100,15 +99,37 @@ class GPTQ:
         if not target.calibrated:
             inputs = {(name,): None for name in linears_of(passed.module)}
         for together, gram in inputs.items():
-            names = [name for name in together if _module(self._streamed, passed, name) not in self._order.kept]
-            if not names:
-                continue
-            weights = {name: _weight(passed, name) for name in names}
-            stored = _stored(self._grids, self._streamed, passed, weights)
-            fresh = partial(anew_by_gptq, gram=gram, target=target)
-            with about(f"{passed.name}.{names[0]}"):
-                found = settle(weights, stored, gram, grid=target.grid, target=target, fresh=fresh)
-            yield from found.items()
+            modules = {name: module_of(self._streamed, passed, name) for name in together}
+            dtypes = {
+                name: self._dtype_of(module) for name, module in modules.items() if module not in self._order.kept
+            }
+            for dtype in dict.fromkeys(dtypes.values()):
+                names = [name for name in dtypes if dtypes[name] == dtype]
+                weights = {name: weight_of(passed, name) for name in names}
+                stored = _stored(self._grids, self._streamed, passed, weights)
+                fresh = partial(anew_by_gptq, gram=gram, target=target, dtype=dtype)
+                with about(f"{passed.name}.{names[0]}"):
+                    found = settle(weights, stored, gram, grid=self._grid, target=target, fresh=fresh)
+                yield from found.items()
+
+
+class GPTQ(Integers):
+    """GPTQ's v1 layout."""
+
+    def __init__(self, order: Order, parent: Checkpoint, streamed: Streamed) -> None:
+        assert isinstance(order.target, GPTQTarget)
+        super().__init__(
+            order, parent, streamed, target=order.target, pack=gptq_layout.pack, dtype_of=lambda _: torch.float16
+        )
+
+    def config(self, packed: Collection[str]) -> dict[str, Any]:  # noqa: ARG002 - transformers looks for qweight
+        """As gptqmodel writes it."""
+        target = self._target
+        return {
+            "bits": target.bits, "checkpoint_format": "gptq", "desc_act": target.desc_act, "format": "gptq",
+            "group_size": target.group_size, "lm_head": False, "meta": {"quantizer": QUANTIZERS},
+            "pack_dtype": "int32", "quant_method": "gptq", "sym": target.symmetric,
+        }  # fmt: skip
 
 
 class AWQ:
@@ -127,7 +148,7 @@ class AWQ:
         """qweight, qzeros and scales of each linear module, and what else was scaled, in float32."""
         wanted = {
             name for name in linears_of(passed.module)
-            if _module(self._streamed, passed, name) not in self._order.kept
+            if module_of(self._streamed, passed, name) not in self._order.kept
         }  # fmt: skip
         if not wanted:
             return {}
@@ -157,7 +178,7 @@ class AWQ:
         """As asked for."""
         return self._grids.survivors()
 
-    def config(self) -> dict[str, Any]:
+    def config(self, packed: Collection[str]) -> dict[str, Any]:  # noqa: ARG002 - only heads are named
         """As gptqmodel writes it; transformers makes every linear layer that is not named an AWQ layer."""
         found: dict[str, Any] = {
             "bits": self._target.bits, "checkpoint_format": "gemm", "desc_act": False, "format": "gemm",
@@ -187,7 +208,7 @@ class AWQ:
         None at all where a module is kept as it stands by itself: its bytes are those of the scales that it has.
         """
         first = next(iter(linears_of(passed.module)))
-        if layer_of(_module(self._streamed, passed, first)) in self._unfolded:
+        if layer_of(module_of(self._streamed, passed, first)) in self._unfolded:
             yield ()
             return
         if (structure := _structure(passed.module)) in self._folds:
@@ -214,7 +235,7 @@ class AWQ:
         return tensors, grams
 
 
-def _weight(passed: Passed, name: str) -> Tensor:
+def weight_of(passed: Passed, name: str) -> Tensor:
     """float32 [O, I] of a linear module of the layer."""
     module = passed.module.get_submodule(name)
     assert isinstance(module, nn.Linear)
@@ -225,18 +246,18 @@ def _packed(
     streamed: Streamed, passed: Passed, rounded: Mapping[str, Rounded], pack: Callable[[Rounded], Mapping[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     for name, found in rounded.items():
-        module = _module(streamed, passed, name)
+        module = module_of(streamed, passed, name)
         yield from ((f"{module}.{part}", tensor) for part, tensor in pack(found).items())
 
 
-def _module(streamed: Streamed, passed: Passed, name: str) -> str:
+def module_of(streamed: Streamed, passed: Passed, name: str) -> str:
     """What the checkpoint calls a module of the layer."""
     return streamed.stored(f"{passed.name}.{name}.weight").removesuffix(".weight")
 
 
 def _stored(grids: SourceGrids, streamed: Streamed, passed: Passed, weights: Weights) -> dict[str, Rounded]:
     """What the source has of modules of the layer whose dense weights are `weights`."""
-    found = {name: grids.read(_module(streamed, passed, name), weight) for name, weight in weights.items()}
+    found = {name: grids.read(module_of(streamed, passed, name), weight) for name, weight in weights.items()}
     return {name: stored for name, stored in found.items() if stored is not None}
 
 

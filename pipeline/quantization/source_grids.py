@@ -9,14 +9,14 @@ from torch import Tensor
 from pipeline.catalog import format_to
 from pipeline.checkpoint import Checkpoint
 from pipeline.dense_shapes import dense_shape
-from pipeline.formats import awq, gptq
+from pipeline.formats import awq, compressed_tensors, gptq
 from pipeline.formats.rounded import Rounded
 from pipeline.quantization.copies import check_noted
 from pipeline.quantization.folder import Order
 from pipeline.quantization.survival import Survival, survival
 from pipeline.shards import DTYPES, ShardReader, TensorGroup
 
-UNPACK = {"gptq": gptq.unpack, "awq": awq.unpack}
+UNPACK = {"gptq": gptq.unpack, "awq": awq.unpack, "compressed-tensors": compressed_tensors.unpack}
 
 
 class SourceGrids:

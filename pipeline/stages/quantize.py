@@ -23,7 +23,7 @@ from pipeline.quantization import writers
 from pipeline.quantization.folder import Order, Written
 from pipeline.quantization.survival import rounded_away
 from pipeline.rows import read_rows
-from pipeline.targets import AWQTarget, GPTQTarget, Target, is_own
+from pipeline.targets import Target, grid_of, is_own
 
 _TARGETS: TypeAdapter[list[Target]] = TypeAdapter(list[Target])
 
@@ -31,7 +31,7 @@ _TARGETS: TypeAdapter[list[Target]] = TypeAdapter(list[Target])
 def run(job: Job) -> Iterator[Output]:
     """`job.inputs["dense"]` in every format of `job.options["targets"]`, each output as soon as it is written.
 
-    `job.data["calibration"]` names the rows for GPTQ and AWQ, of which `job.options["calibration"]` says how many
+    `job.data["calibration"]` names the rows for what is calibrated, of which `job.options["calibration"]` says how many
     `samples` of `sequence_length` tokens. What a donor of a target holds already is copied; where that is everything,
     no row is read and no library runs. Raises UnsupportedFormat or MissingLibrary before anything is written.
     """
@@ -86,9 +86,9 @@ def _grid_of(job: Job, target: Target) -> Donor | None:
     if not is_own(target):
         return None
     found = next((donor for donor in job.donors.get(target.variant, ()) if donor.ancestor), None)
-    if isinstance(target, GPTQTarget | AWQTarget) and target.grid != "fresh" and not (found and found.made_from):
+    if (grid := grid_of(target)) != "fresh" and not (found and found.made_from):
         raise UnsupportedFormat(
-            f"{target.variant}: grid {target.grid} needs to know what the source's packed modules were dequantized to, "
+            f"{target.variant}: grid {grid} needs to know what the source's packed modules were dequantized to, "
             "which is noted nowhere; run a recipe on the quantized source, or leave grid out"
         )
     return found

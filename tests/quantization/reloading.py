@@ -24,6 +24,6 @@ def logits(folder: Path, dtype: str, rows: int = 1) -> dict[str, Any]:
     }
 
 
-def several(folders: list[Path]) -> list[dict[str, Any]]:
-    """What `logits` says of each folder, in float32: one process for all."""
-    return [logits(folder, "float32") for folder in folders]
+def several(folders: list[Path], dtype: str = "float32", rows: int = 1) -> list[dict[str, Any]]:
+    """What `logits` says of each folder: one process for all."""
+    return [logits(folder, dtype, rows) for folder in folders]

@@ -57,6 +57,7 @@ def restored(folder, tmp_path):
 TOGETHER = (
     "gptq:group_size=32", "awq:group_size=32", "gptq:bits=3,group_size=32,name=three",
     "gptq:group_size=32,rounding=nearest", "gptq:group_size=32,desc_act=true,symmetric=false,name=ordered",
+    "compressed-tensors:group_size=32", "compressed-tensors:scheme=w8a8", "compressed-tensors:scheme=fp8",
 )  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def test_each_layer_is_one_event_for_all_that_share_the_pass(together):
     steps = [event for event in together[1] if isinstance(event, progress.Step)]
     floor, shared = (
         [(step.done, step.total) for step in steps if step.unit == unit]
-        for unit in ("rtn-4bit layers", "gptq-4bit, awq-4bit, three, ordered layers")
+        for unit in ("rtn-4bit layers", "gptq-4bit, awq-4bit, three, ordered, w4a16, w8a8 layers")
     )
     assert floor == shared == [(done, LAYERS) for done in range(1, LAYERS + 1)]
 
@@ -95,16 +96,31 @@ def test_both_algorithms_are_nearer_to_the_dense_outputs_than_rounding_to_neares
         return normed @ weights[f"{layer}.self_attn.q_proj.weight"].T
 
     folders = [restored(order.out, tmp_path / order.target.variant) for order in together[0]]
-    gptq, awq, _, nearest, _ = (float((queries(weights) - queries(before)).norm()) for weights in folders)
+    gptq, awq, _, nearest, _, w4a16, w8a8, fp8 = (
+        float((queries(weights) - queries(before)).norm()) for weights in folders
+    )
     assert gptq < 0.9 * nearest
     assert awq < 0.95 * nearest
+    assert w4a16 < 1.05 * gptq  # whose scales have three digits more
+    assert w8a8 < 0.2 * gptq
+    assert fp8 < 0.6 * gptq
 
 
 class Killed(Exception):
     """Stands for whatever ends a run in its middle."""
 
 
-@pytest.mark.parametrize("target", ["gptq:group_size=32", "awq:group_size=32", "gptq:group_size=32,sequential=true"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "gptq:group_size=32",
+        "awq:group_size=32",
+        "gptq:group_size=32,sequential=true",
+        "compressed-tensors:group_size=32",
+        "compressed-tensors:scheme=w8a8,sequential=true",
+        "compressed-tensors:scheme=fp8",
+    ],
+)
 @pytest.mark.parametrize("last", [1, 2])
 def test_a_killed_run_goes_on_to_the_same_bytes_and_repeats_no_layer(tmp_path, dense, monkeypatch, target, last):
     monkeypatch.setattr(engine, "SAVE_EVERY", 0.0)
@@ -168,7 +184,8 @@ def test_an_error_names_the_module_and_leaves_no_folder(tmp_path):
     tensors = load_file(dense / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e30
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
-    for target in ("gptq:group_size=32", "awq:group_size=32", "gptq:group_size=32,rounding=nearest"):
+    for target in ("gptq:group_size=32", "awq:group_size=32", "gptq:group_size=32,rounding=nearest",
+                   "compressed-tensors:group_size=32"):  # fmt: skip
         (order,) = orders(tmp_path / "work", dense, target)
         with pytest.raises(RequantError, match=r"^model\.layers\.0\.mlp\.(gate_proj|up_proj|down_proj): "):
             engine.write([order])
@@ -187,7 +204,7 @@ def test_a_parent_that_holds_a_number_that_is_none_is_refused_before_the_pass(tm
 
 @pytest.mark.slow
 def test_asymmetric_and_ordered_groups_reload_and_agree(together, dense):
-    order = together[0][-1]
+    order = together[0][TOGETHER.index("gptq:group_size=32,desc_act=true,symmetric=false,name=ordered")]
     found, right = (child.run("tests.quantization.reloading:logits", path, "float32") for path in (order.out, dense))
     assert not any(found["report"].values()), found["report"]
     found, right = (torch.tensor(one["logits"]) for one in (found, right))

@@ -57,10 +57,13 @@ def test_rows_of_zeros_stay_zeros_on_a_harmless_scale(symmetric):
     assert not rounded.dense().any()
 
 
-def test_codes_are_the_nearest_for_the_scale_as_it_is_stored():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_are_the_nearest_for_the_scale_as_it_is_stored(dtype, symmetric):
     """0.1 is no float16: after 15 steps of what is stored instead, codes chosen for 0.1 would be no nearest ones."""
     weight = random(64, 128)
-    rounded = nearest(weight, bits=8, group_size=128, symmetric=False)
+    rounded = nearest(weight, bits=8, group_size=128, symmetric=symmetric, dtype=dtype)
+    assert rounded.scales.dtype == dtype
     step, zero = rounded.scales.double(), rounded.zeros.double()
     every = torch.arange(256)[:, None, None] - zero
     best = ((every * step - weight.double()) ** 2).argmin(0)

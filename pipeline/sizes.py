@@ -13,11 +13,12 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.dense_shapes import dense_shape
 from pipeline.errors import UnsupportedFormat
 from pipeline.gguf_headers import DENSE_TYPES
-from pipeline.targets import AWQTarget, GPTQTarget, Target
+from pipeline.targets import AWQTarget, GPTQTarget, Target, is_own
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 WORD = 32  # bits of the int32 that codes are packed into
-AWQ_OUTPUTS = 64  # gptqmodel's search for clipping bounds takes so many at a time; a packed word holds only 8
+KERNEL_OUTPUTS = 16  # torch's int4 kernel, by which 4 bits run on a CPU, takes so many; a packed word holds only 8
+SEARCHED_OUTPUTS = 64  # gptqmodel's search for AWQ's clipping bounds takes so many at a time
 NOT_QUANTIZED = (
     "embed", "wte", "wpe", "lm_head", "norm", "router", "mlp.gate.", "score.", "classifier",
     "token_embd", "position_embd", "ffn_gate_inp",  # GGUF's names
@@ -109,14 +110,24 @@ def check_target(sizes: Sizes, target: Target) -> None:
                 f"{target.variant}: group_size {target.group_size} does not divide the {inputs} inputs of {module}; "
                 f"{remedy}"
             )
-        if isinstance(target, AWQTarget):
-            sides = [("outputs", outputs, AWQ_OUTPUTS)]
-        else:  # codes are packed along the inputs, zero points along the outputs
-            step = WORD if target.bits == 3 else WORD // target.bits  # noqa: PLR2004 - 32 codes of 3 bits share 3 words
-            sides = [("inputs", inputs, step), ("outputs", outputs, step)]
+        sides = [("outputs", outputs, _outputs_step(target))]
+        if isinstance(target, GPTQTarget):  # codes are packed along the inputs, zero points along the outputs
+            sides.insert(0, ("inputs", inputs, _word_step(target.bits)))
         for side, count, step in sides:
             if count % step:
                 raise UnsupportedFormat(
                     f"{target.variant}: the {count} {side} of {module} are no multiple of {step}, as gptqmodel's "
                     f"{target.format} needs; quantize to bitsandbytes"
                 )
+
+
+def _outputs_step(target: GPTQTarget | AWQTarget) -> int:
+    """What a layer's outputs must be a multiple of, to be packed and to run once they are."""
+    if isinstance(target, AWQTarget) and not is_own(target):
+        return SEARCHED_OUTPUTS
+    return max(_word_step(target.bits), KERNEL_OUTPUTS if target.bits == 4 else 0)  # noqa: PLR2004 - four bits
+
+
+def _word_step(bits: int) -> int:
+    """Codes that fill whole words: of 3 bits, 32 share three."""
+    return WORD if bits == 3 else WORD // bits  # noqa: PLR2004 - three bits

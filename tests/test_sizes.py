@@ -24,8 +24,10 @@ def test_a_group_size_that_does_not_divide_the_inputs_is_refused_with_those_that
 @pytest.mark.parametrize(
     ("target", "outputs", "inputs", "said"),
     [
-        (AWQTarget(format="awq", group_size=16), 32, 64, "32 outputs .* multiple of 64"),
-        (GPTQTarget(format="gptq", group_size=-1), 12, 64, "12 outputs .* multiple of 8"),
+        (AWQTarget(format="awq", group_size=16, engine="gptqmodel"), 32, 64, "32 outputs .* multiple of 64"),
+        (AWQTarget(format="awq", group_size=16), 24, 64, "24 outputs .* multiple of 16"),
+        (GPTQTarget(format="gptq", group_size=-1), 24, 64, "24 outputs .* multiple of 16"),
+        (GPTQTarget(format="gptq", bits=8, group_size=-1), 6, 64, "6 outputs .* multiple of 4"),
         (GPTQTarget(format="gptq", group_size=-1), 64, 12, "12 inputs .* multiple of 8"),
         (GPTQTarget(format="gptq", bits=3, group_size=-1), 64, 48, "48 inputs .* multiple of 32"),
         (GPTQTarget(format="gptq", bits=2, group_size=-1), 24, 64, "24 outputs .* multiple of 16"),
@@ -39,6 +41,10 @@ def test_sides_that_cannot_be_packed_are_refused_with_the_layer(target, outputs,
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_what_fits_is_let_through_whatever_the_heads_size(bits):
     check_target(sizes(64, 96), GPTQTarget(format="gptq", bits=bits, group_size=32))
+
+
+def test_sixteen_outputs_are_enough_for_our_own_awq():
+    check_target(sizes(48, 96), AWQTarget(format="awq", group_size=32))
 
 
 def test_bitsandbytes_fits_every_shape():

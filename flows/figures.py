@@ -14,6 +14,16 @@ def size(nbytes: float) -> str:
     raise AssertionError
 
 
+def duration(seconds: float | None) -> str:
+    """Seconds as a person says them."""
+    if seconds is None:
+        return "not measured yet"
+    for most, unit, of in ((120, "s", 1), (7200, "min", 60)):
+        if seconds < most:
+            return f"{seconds / of:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h"
+
+
 # Figures that are not shown as their name and four digits, in the order of the line.
 _FORMS: Mapping[str, Callable[[float], str]] = {
     "loss": lambda value: f"loss {value:.4g}",

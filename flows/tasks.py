@@ -19,6 +19,7 @@ from prefect.artifacts import (
 from prefect.cache_policies import NO_CACHE
 
 from flows.figures import line
+from flows.remaining import Clock, Remaining
 from flows.tables import plan_rows, result_rows
 from pipeline import outcome, progress
 from pipeline.execute import run_step
@@ -91,8 +92,14 @@ class PrefectSink:
     Figures that belong together come one by one; they are one line of the log, and stand beside the bar.
     """
 
-    def __init__(self, recipe: Recipe, logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        logger: logging.Logger | logging.LoggerAdapter[logging.Logger],
+        clock: Clock = time.monotonic,
+    ) -> None:
         self._recipe, self._logger = recipe, logger
+        self._clock, self._remaining = clock, Remaining(clock)
         self._bars: dict[tuple[str, str], tuple[UUID, float]] = {}  # by stage and unit
         self._unsaid: dict[str, dict[str, float]] = {}  # figures by stage
         self._figures: dict[str, str] = {}  # the last line of them
@@ -119,20 +126,21 @@ class PrefectSink:
         self._unsaid.clear()
 
     def _advance(self, event: progress.Step) -> None:
+        self._remaining.saw(event)
         percent = 100.0 * event.done / max(event.total, 1)
         bar, shown = self._bars.get((event.stage, event.unit), (None, 0.0))
-        if bar is not None and time.monotonic() - shown < UPDATE_SECONDS and event.done < event.total:
+        if bar is not None and self._clock() - shown < UPDATE_SECONDS and event.done < event.total:
             return
         if bar is None:
             key = _key(self._recipe, f"{event.stage}-{event.unit}")
             made = create_progress_artifact(progress=percent, key=key, description=f"{event.stage} in {event.unit}")
             bar = cast("UUID", made)  # a coroutine only inside an event loop, where no stage runs
         else:
-            said = f"{event.stage} in {event.unit}: {event.done:,} of {event.total:,}"
-            if figures := self._figures.get(event.stage):
-                said += f"; {figures}"
+            counted = f"{event.stage} in {event.unit}: {event.done:,} of {event.total:,}"
+            left, figures = self._remaining.said(event.stage, event.unit), self._figures.get(event.stage)
+            said = "; ".join(filter(None, (counted, left, figures)))
             update_progress_artifact(artifact_id=bar, progress=percent, description=said)
-        self._bars[event.stage, event.unit] = (bar, time.monotonic())
+        self._bars[event.stage, event.unit] = (bar, self._clock())
 
 
 def _key(recipe: Recipe, what: str) -> str:

@@ -14,14 +14,17 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-from flows.figures import line, size
+from flows.figures import duration, line, size
+from flows.remaining import Clock, Remaining
 from pipeline import progress
 
 ERR = Console(stderr=True, highlight=False)
@@ -30,23 +33,38 @@ LINE_SECONDS = 10.0  # without a terminal a bar becomes a line now and then
 
 
 @contextmanager
-def showing_progress() -> Iterator[None]:
+def showing_progress(clock: Clock = time.monotonic) -> Iterator[None]:
     """Show the engine's events on standard error: bars on a terminal, lines elsewhere."""
+    remaining = Remaining(clock)
     if ERR.is_terminal:
         columns = (
             TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[figure]}"),
+            TimeElapsedColumn(), _Left(remaining), TextColumn("{task.fields[figure]}"),
         )  # fmt: skip
-        with Progress(*columns, console=ERR) as bars, progress.shown_by(_Bars(bars)):
+        with Progress(*columns, console=ERR) as bars, progress.shown_by(_Bars(bars, remaining)):
             yield
     else:
-        with progress.shown_by(_Lines()):
+        with progress.shown_by(_Lines(remaining, clock)):
             yield
+
+
+class _Left(ProgressColumn):
+    """The time that is left; rich's own forgets what is older than thirty seconds, which many a layer takes."""
+
+    max_refresh = 0.5  # seconds
+
+    def __init__(self, remaining: Remaining) -> None:
+        super().__init__()
+        self._remaining = remaining
+
+    def render(self, task: Task) -> Text:
+        """For a bar."""
+        return Text(self._remaining.said(task.description, task.fields["unit"]))
 
 
 class _Bars:
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
+    def __init__(self, bars: Progress, remaining: Remaining) -> None:
+        self._bars, self._remaining = bars, remaining
         self._ids: dict[tuple[str, str], TaskID] = {}  # by stage and unit: a quantize stage counts each target's layers
         self._latest: dict[str, TaskID] = {}
         self._figures: dict[TaskID, dict[str, float]] = {}
@@ -56,6 +74,7 @@ class _Bars:
             case progress.Message(stage=stage, text=text):
                 self._bars.console.print(f"{stage}: {text}", markup=False)
             case progress.Step(stage=stage, done=done, total=total, unit=unit):
+                self._remaining.saw(event)
                 if (stage, unit) not in self._ids:
                     self._ids[stage, unit] = self._bars.add_task(stage, total=total, unit=unit, figure="")
                 self._latest[stage] = self._ids[stage, unit]
@@ -69,7 +88,8 @@ class _Bars:
 
 
 class _Lines:
-    def __init__(self) -> None:
+    def __init__(self, remaining: Remaining, clock: Clock) -> None:
+        self._remaining, self._clock = remaining, clock
         self._said: dict[tuple[str, str], float] = {}
         self._figures: dict[str, dict[str, float]] = {}
 
@@ -78,11 +98,13 @@ class _Lines:
             case progress.Message(stage=stage, text=text):
                 ERR.print(f"{stage}: {text}", markup=False)
             case progress.Step(stage=stage, done=done, total=total, unit=unit):
-                now = time.monotonic()
+                self._remaining.saw(event)
+                now = self._clock()
                 if done >= total or now - self._said.get((stage, unit), now - LINE_SECONDS) >= LINE_SECONDS:
                     self._said[stage, unit] = now
                     figures = line(self._figures.pop(stage, {}), short=True)
-                    ERR.print(f"{stage}: {done}/{total} {unit}{', ' if figures else ''}{figures}", markup=False)
+                    said = (f"{stage}: {done}/{total} {unit}", self._remaining.said(stage, unit), figures)
+                    ERR.print(", ".join(filter(None, said)), markup=False)
             case progress.Metric(stage=stage, name=name, value=value):
                 self._figures.setdefault(stage, {})[name] = value
 
@@ -102,13 +124,6 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
         table.add_row(*row.values())
     console = OUT if OUT.is_terminal else Console(width=140, highlight=False)
     console.print(table)
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as a person says them."""
-    if seconds is None:
-        return "not measured yet"
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"  # noqa: PLR2004 - two minutes
 
 
 def show_plan(rows: Sequence[Mapping[str, Any]]) -> None:

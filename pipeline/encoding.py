@@ -160,13 +160,19 @@ def padded(batch: list[Sequence], *, pad_token: int) -> dict[str, torch.Tensor]:
 
 
 def calibration_samples(
-    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    named: str = "calibration",
 ) -> torch.Tensor:
     """At most `samples` blocks of `length` tokens without padding: int64 [samples, length].
 
     Rows are shuffled by `seed`, joined with the end-of-sequence token between them and cut into blocks, of which
     `samples` are drawn. The same rows, tokenizer and arguments give the same tensor. Fewer blocks come back where the
-    rows have no more tokens; DataError where they do not fill one.
+    rows have no more tokens; DataError, in which they are `named`, where they do not fill one.
     """
     choice = random.Random(seed)  # noqa: S311 -- a reproducible choice, not a secret
     shuffled = list(rows)
@@ -176,7 +182,7 @@ def calibration_samples(
     count = len(tokens) // length
     if count == 0:
         raise DataError(
-            f"calibration: the rows have {len(tokens)} tokens, fewer than one sample of {length}; "
+            f"{named}: the rows have {len(tokens)} tokens, fewer than one sample of {length}; "
             "give more text or lower calibration.sequence_length"
         )
     drawn = choice.sample(range(count), min(samples, count))

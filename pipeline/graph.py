@@ -155,12 +155,10 @@ class Graph:
 
     def _quantize(self, dense: str, targets: tuple[Target, ...], *, name: str = "quantize") -> Step:
         recipe, dtype = self._recipe, self._recipe.upcast.dtype
-        shared = {
-            "seed": recipe.seed,
-            "calibration": recipe.calibration.model_dump(include={"samples", "sequence_length"}),
-        }
+        shared = {"seed": recipe.seed, "calibration": recipe.calibration.drawn}
         calibrated = {target.variant for target in targets if target.calibrated}
-        data = {"calibration": self._here(recipe.calibration_data)} if calibrated else {}
+        rows = recipe.calibration.rows(recipe.train.data) if calibrated else {}
+        data = {role: self._here(data) for role, data in rows.items()}
         inputs, outputs = {"dense": dense}, []
         for target in targets:
             known = target.variant in calibrated

@@ -50,7 +50,9 @@ def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> Kind | None:
     files = {"train.data": recipe.train.data if recipe.train.method != "none" else None}
     if recipe.train.method != "none" and recipe.train.data and recipe.train.data.validation:
         files["train.data, the part validation"] = recipe.train.data.model_copy(update={"part": "validation"})
-    files["calibration.data"] = recipe.calibration_data if recipe.calibrated else None
+    several = len(recipe.calibration_rows) > 1
+    for i, rows in enumerate(recipe.calibration_rows.values()):
+        files[f"calibration.data.{i}" if several else "calibration.data"] = rows
     files["evaluate.data"] = recipe.evaluation_data
     kinds = {key: check_rows(data, limit=ROWS_CHECKED) for key, data in files.items() if data}
     if "messages" in kinds.values() and _lacks_chat_template(source):

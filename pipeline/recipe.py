@@ -52,7 +52,7 @@ class Recipe(Section):
                 raise ValueError(f"a target cannot be called {variant}, which names a stage's output; choose another")
         if self.promote and not self.evaluate:
             raise ValueError("promote needs evaluate: what nobody measured is not promoted; add evaluate.data")
-        if self.calibrated and self.calibration.data == "train" and self.train.data is None:
+        if self.calibrated and "train" in self.calibration.sources and self.train.data is None:
             raise ValueError("calibration.data is train, but train.data is missing; name a calibration file")
         if (
             self.evaluate
@@ -68,11 +68,9 @@ class Recipe(Section):
         return any(target.calibrated for target in self.quantize)
 
     @property
-    def calibration_data(self) -> Data:
-        """The rows that calibration reads."""
-        data = self.train.data if self.calibration.data == "train" else self.calibration.data
-        assert data is not None
-        return data
+    def calibration_rows(self) -> dict[str, Data]:
+        """The rows that calibration reads, by role; none where no target needs any."""
+        return self.calibration.rows(self.train.data) if self.calibrated else {}
 
     @property
     def evaluation_data(self) -> Data | None:

@@ -16,7 +16,6 @@ from pipeline.gguf_writable import check_writable
 from pipeline.sizes import Sizes
 from pipeline.targets import AWQTarget, BitsAndBytesTarget, CompressedTensorsTarget, GGUFTarget, Target
 
-_SCALES = "transformers expects scales of its activations, which nobody writes"
 _SPLIT = "gptqmodel splits its fused layers, transformers does not"
 # model_type → what goes wrong, whoever rounds.
 _NEITHER: Mapping[str, str] = {
@@ -25,7 +24,6 @@ _NEITHER: Mapping[str, str] = {
     "falcon": "transformers makes no packed layers of it",
     "mpt": "transformers does not find its layers",
 }
-_NO_AWQ: Mapping[str, str] = dict.fromkeys(("bloom", "gpt_neox", "gptj", "starcoder2"), _SCALES)
 # What goes wrong with `engine: gptqmodel` alone.
 _NOT_BY_GPTQMODEL: Mapping[str, str] = {
     "gpt_neox": "gptqmodel calls its output head by another name",
@@ -34,6 +32,7 @@ _NOT_BY_GPTQMODEL: Mapping[str, str] = {
     "modernbert": "gptqmodel cannot read its config",
 }
 _NO_AWQ_BY_GPTQMODEL: Mapping[str, str] = {
+    "bloom": "gptqmodel cannot run its layers one by one",
     "cohere2": "gptqmodel moves no scales into its norms",
     "gemma3_text": "gptqmodel cannot run its layers one by one",
 }
@@ -58,7 +57,7 @@ def check_reload(dense: Checkpoint, sizes: Sizes, target: Target) -> None:
     if isinstance(target, CompressedTensorsTarget):
         _check_compressed_tensors(dense, sizes, target)
         return
-    why, remedy = _NEITHER.get(kind) or (_NO_AWQ.get(kind) if awq else None), "quantize to bitsandbytes"
+    why, remedy = _NEITHER.get(kind), "quantize to bitsandbytes"
     if why is None and any(".experts." in f"{name}." for name in sizes.shapes):
         why = _JOINED
     if why is None and _BASE_MODEL.search(architecture_of(dense.config)):

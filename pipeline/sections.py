@@ -178,18 +178,64 @@ class Train(Section):
         return "features" if self.method in {"head", "projector"} and not self._changes_features else "trainer"
 
 
+Rows = Literal["train"] | Data
+
+
 class Calibration(Section):
     """The rows whose activations steer GPTQ and AWQ."""
 
-    data: Literal["train"] | Data = "train"
-    """`train` for the training rows, or a file."""
+    data: Rows | Annotated[tuple[Rows, ...], Field(min_length=1)] = "train"
+    """`train` for the training rows, a file, or a list of such that are mixed."""
+    shares: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
+    """For a list: what each of its rows has of the samples, such as [3, 1]; left out: all alike."""
     samples: Annotated[int, Field(ge=1)] = 128
-    """Sequences of tokens."""
+    """Sequences of tokens, of all rows together."""
     sequence_length: Annotated[int, Field(ge=16)] = 512
     """Tokens in a sample."""
     refresh: bool = False
     """Whether modules are rounded anew that an earlier artifact holds, made of the same weights with the same options;
     otherwise they are copied from it, whatever it was calibrated on."""
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> Calibration:
+        count = len(self.sources)
+        if self.shares and len(self.shares) != count:
+            raise ValueError(f"shares has {len(self.shares)} for {count} sources of data; give each one")
+        if 0 in self.counts:
+            none = self.sources[self.counts.index(0)]
+            raise ValueError(
+                f"shares leaves {none if isinstance(none, str) else none.path} none of the {self.samples} samples; "
+                "raise samples or its share"
+            )
+        return self
+
+    @property
+    def sources(self) -> tuple[Rows, ...]:
+        """`data` as a list."""
+        return self.data if isinstance(self.data, tuple) else (self.data,)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many of the samples each source gives: its share, what is left over to the largest remainders."""
+        shares = self.shares or (1.0,) * len(self.sources)
+        parts = [self.samples * share / sum(shares) for share in shares]
+        counts = [int(part) for part in parts]
+        nearest = sorted(range(len(parts)), key=lambda i: counts[i] - parts[i])
+        for i in nearest[: self.samples - sum(counts)]:
+            counts[i] += 1
+        return tuple(counts)
+
+    def rows(self, train: Data | None) -> dict[str, Data]:
+        """The rows of each source, by the role that they have as a stage's data; `train` are the training rows."""
+        found = [train if source == "train" else source for source in self.sources]
+        roles = ["calibration"] if len(found) == 1 else [f"calibration_{i}" for i in range(1, len(found) + 1)]
+        return {role: data for role, data in zip(roles, found, strict=True) if isinstance(data, Data)}
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """What is drawn from the rows, as the quantize stage takes it: `samples` is a list where they are mixed."""
+        several = len(self.counts) > 1
+        return {"samples": list(self.counts) if several else self.samples, "sequence_length": self.sequence_length}
 
 
 class Bounds(Section):

@@ -6,6 +6,7 @@ The plan needs them before anything loads: do the groups divide the layers, and 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.catalog import Format, bits_per_weight
@@ -13,12 +14,13 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.dense_shapes import dense_shape
 from pipeline.errors import UnsupportedFormat
 from pipeline.gguf_headers import DENSE_TYPES
-from pipeline.targets import AWQTarget, BitsAndBytesTarget, CompressedTensorsTarget, GGUFTarget, Target
+from pipeline.targets import AWQTarget, BitsAndBytesTarget, CompressedTensorsTarget, GGUFTarget, GPTQTarget, Target
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 WORD = 32  # bits of the int32 that codes are packed into
 GGUF_BLOCK = 32  # weights that share a scale, in Q8_0 and Q4_0
-AWQ_OUTPUTS = 64  # gptqmodel's search for clipping bounds takes so many at a time; a packed word holds only 8
+KERNEL_OUTPUTS = 16  # torch's int4 kernel, by which 4 bits run on a CPU, takes so many; a packed word holds only 8
+SEARCHED_OUTPUTS = 64  # gptqmodel's search for AWQ's clipping bounds takes so many at a time
 NOT_QUANTIZED = (
     "embed", "wte", "wpe", "lm_head", "norm", "router", "mlp.gate.", "score.", "classifier",
     "token_embd", "position_embd", "ffn_gate_inp",  # GGUF's names
@@ -111,7 +113,7 @@ def check_target(sizes: Sizes, target: Target) -> None:
         _check_blocks(sizes, target)
     if isinstance(target, BitsAndBytesTarget | GGUFTarget):
         return
-    compressed = target if isinstance(target, CompressedTensorsTarget) else None
+    compressed = isinstance(target, CompressedTensorsTarget)
     reader = "vLLM" if compressed else f"gptqmodel's {target.format}"
     for module, (outputs, inputs) in sizes.linears.items():
         if target.group_size != -1 and inputs % target.group_size:
@@ -123,14 +125,7 @@ def check_target(sizes: Sizes, target: Target) -> None:
                 f"{target.variant}: group_size {target.group_size} does not divide the {inputs} inputs of {module}; "
                 f"{remedy}"
             )
-        if compressed:  # int4 codes are packed along the inputs; vLLM makes room for whole words of them
-            sides = [("inputs", inputs, WORD // target.bits)] if compressed.scheme == "w4a16" else []
-        elif isinstance(target, AWQTarget):
-            sides = [("outputs", outputs, AWQ_OUTPUTS)]
-        else:  # codes are packed along the inputs, zero points along the outputs
-            step = WORD if target.bits == 3 else WORD // target.bits  # noqa: PLR2004 - 32 codes of 3 bits share 3 words
-            sides = [("inputs", inputs, step), ("outputs", outputs, step)]
-        for side, count, step in sides:
+        for side, count, step in _sides(target, outputs, inputs):
             if count % step:
                 raise UnsupportedFormat(
                     f"{target.variant}: the {count} {side} of {module} are no multiple of {step}, as {reader} "
@@ -146,3 +141,24 @@ def _check_blocks(sizes: Sizes, target: GGUFTarget) -> None:
                 f"{target.variant}: the {shape[-1]} inputs of {name.removesuffix('.weight')} are no multiple of the "
                 f"{GGUF_BLOCK} weights in a GGUF block; quantize to bitsandbytes"
             )
+
+
+def _sides(
+    target: GPTQTarget | AWQTarget | CompressedTensorsTarget, outputs: int, inputs: int
+) -> Iterator[tuple[str, int, int]]:
+    """(side, its length, what that must be a multiple of) of a layer that is packed and run."""
+    word = _word_step(target.bits)
+    kernel = KERNEL_OUTPUTS if target.bits == 4 else word  # noqa: PLR2004 - four bits
+    match target:
+        case CompressedTensorsTarget(scheme="w4a16"):  # vLLM makes room for whole words
+            yield "inputs", inputs, word
+        case GPTQTarget():  # codes are packed along the inputs, zero points along the outputs
+            yield "inputs", inputs, word
+            yield "outputs", outputs, kernel
+        case AWQTarget():
+            yield "outputs", outputs, SEARCHED_OUTPUTS if target.engine == "gptqmodel" else kernel
+
+
+def _word_step(bits: int) -> int:
+    """Codes that fill whole words: of 3 bits, 32 share three."""
+    return WORD if bits == 3 else WORD // bits  # noqa: PLR2004 - three bits

@@ -283,10 +283,15 @@ def unknown_key(key: str, valid: Collection[str]) -> str:
 
 
 def first_sentence(error: ValidationError) -> str:
-    """The first of pydantic's findings as `place: what was found`."""
-    first = error.errors(include_url=False)[0]
+    """The first of pydantic's findings as `place: what was found`.
+
+    Of a value that may be a word, rows or a list of them pydantic says first that it is not the word.
+    """
+    findings = error.errors(include_url=False)
+    telling = [one for one in findings if one["type"] in {"value_error", "missing", "too_short"}]
+    first = telling[0] if telling and findings[0]["type"] == "literal_error" else findings[0]
     tags = {"bitsandbytes", "gptq", "awq", "compressed-tensors", "gguf", "Data", "literal['train']"}
-    place = ".".join(str(part) for part in first["loc"] if str(part) not in tags)
+    place = ".".join(str(part) for part in first["loc"] if str(part) not in tags and "[" not in str(part))
     said = first["msg"].removeprefix("Value error, ")
     found = first.get("input")
     shown = f" (found {found!r})" if isinstance(found, (str, int, float, bool)) else ""

@@ -127,6 +127,8 @@ def test_full_training_makes_the_tuned_model_without_a_merge(root):
         ("train.arguments.learning_rate=1e-4", {"adapter", "tuned", "nf4", "gptq-4bit", "evaluation"}),
         ("quantize.1.group_size=32", {"gptq-4bit", "evaluation"}),
         ("calibration.samples=8", {"gptq-4bit", "evaluation"}),
+        ("calibration.data=[train]", set()),
+        ("calibration.data=[train, {root}/eval.jsonl]", {"gptq-4bit", "evaluation"}),
         ("evaluate.sequence_length=64", {"evaluation"}),
         ("evaluate.gates.kl_divergence=0.1", set()),
         ("promote.alias=staging", set()),
@@ -134,7 +136,26 @@ def test_full_training_makes_the_tuned_model_without_a_merge(root):
     ],
 )
 def test_a_changed_line_changes_exactly_what_depends_on_it(root, override, depending):
-    assert changed(root, override) == depending
+    assert changed(root, override.format(root=root)) == depending
+
+
+def test_each_source_of_a_mixture_has_a_digest_and_a_share_of_the_samples_in_the_fingerprint(root):
+    mixed = f"calibration.data=[train, {root}/eval.jsonl]"
+    one = planned(root, mixed).step("quantize").outputs[1].origin
+    other = planned(root, mixed, "calibration.shares=[3, 1]").step("quantize").outputs[1].origin
+    assert one.data.keys() == {"calibration_1", "calibration_2"}
+    assert one.data["calibration_1"] != one.data["calibration_2"]
+    assert (one.options["calibration"]["samples"], other.options["calibration"]["samples"]) == ([2, 2], [3, 1])
+    assert one.fingerprint != other.fingerprint
+    assert planned(root, mixed, "calibration.shares=[6, 2]").step("quantize").outputs[1].origin == other
+
+
+def test_every_source_of_a_mixture_is_looked_at_before_anything_runs(root, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"nothing": 1}\n')
+    with pytest.raises(DataError, match=r"rows.jsonl line 1: has the fields nothing"):
+        planned(root, f"calibration.data=[train, {tmp_path}/rows.jsonl]")
+    with pytest.raises(DataError, match=r"none.jsonl: no such file"):
+        planned(root, f"calibration.data=[train, {tmp_path}/none.jsonl]")
 
 
 def test_nothing_runs_once_everything_is_in_the_store(root, tmp_path):

@@ -51,6 +51,53 @@ def test_a_mistake_is_one_sentence_that_names_the_place(text: str, said: str):
     assert "\n" not in str(error.value)
 
 
+MIXED = MINIMAL + "train: {data: t.jsonl}\nquantize: [{format: gptq}]\ncalibration: "
+
+
+@pytest.mark.parametrize(
+    ("text", "roles", "samples"),
+    [
+        ("{data: c.txt}", ["calibration"], 128),
+        ("{data: [c.txt], samples: 5}", ["calibration"], 5),
+        ("{data: [train, c.txt], shares: [3, 1]}", ["calibration_1", "calibration_2"], [96, 32]),
+        ("{data: [train, {path: c.txt, format: text}], samples: 7}", ["calibration_1", "calibration_2"], [4, 3]),
+        ("{data: [a, train, b], shares: [1, 1, 0.7], samples: 4}", [f"calibration_{i}" for i in (1, 2, 3)], [2, 1, 1]),
+    ],
+)
+def test_calibration_samples_are_dealt_out_by_share_and_none_is_lost(text, roles, samples):
+    recipe = parse(MIXED + text)
+    assert list(recipe.calibration_rows) == roles
+    assert recipe.calibration.drawn["samples"] == samples
+    assert Recipe.model_validate(recipe.model_dump(mode="json", by_alias=True)) == recipe
+
+
+def test_train_stands_for_the_training_rows_wherever_it_is_listed():
+    rows = parse(MIXED + "{data: [c.txt, train]}").calibration_rows
+    assert [data.path for data in rows.values()] == ["c.txt", "t.jsonl"]
+    with pytest.raises(RecipeError, match=r"calibration.data is train, but train.data is missing"):
+        parse(MINIMAL + "quantize: [{format: gptq}]\ncalibration: {data: [c.txt, train]}")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{data: [train, c.txt], shares: [3]}", "calibration: shares has 1 for 2 sources of data; give each one"),
+        ("{data: c.txt, shares: [3, 1]}", "calibration: shares has 2 for 1 sources of data"),
+        ("{data: [train, c.txt], shares: [1000, 1]}", "shares leaves c.txt none of the 128 samples; raise samples or"),
+        ("{data: [train, c.txt], samples: 1}", "none of the 1 samples"),
+        ("{data: [train, c.txt], shares: [1, 0]}", "calibration.shares.1: Input should be greater than 0"),
+        ("{data: [train, c.txt], shares: [.inf, 1]}", "calibration.shares.0: Input should be a finite number"),
+        ("{data: []}", "calibration.data: Tuple should have at least 1 item"),
+        ("{data: {pth: c.txt}}", "calibration.data: unknown key pth; did you mean path?"),
+        ("{data: [train, {pth: c.txt}]}", "calibration.data.1: unknown key pth; did you mean path?"),
+    ],
+)
+def test_a_mixture_that_does_not_add_up_is_one_sentence(text, said):
+    with pytest.raises(RecipeError) as error:
+        parse(MIXED + text)
+    assert said in str(error.value)
+
+
 def test_a_learning_rate_without_a_decimal_point_is_a_number():
     assert parse(MINIMAL + "train: {arguments: {learning_rate: 2e-4}}").train.arguments == {"learning_rate": 2e-4}
 

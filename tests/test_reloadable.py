@@ -71,13 +71,17 @@ def test_decoders_and_their_classifiers_are_let_through(tmp_path, target):
     check(tiny_head(tmp_path / "tags", "LlamaForTokenClassification"), target)
 
 
-def test_awq_alone_is_refused_where_activations_would_need_scales(tmp_path):
+@pytest.mark.parametrize("kind", ["bloom", "gptj", "gpt_neox", "starcoder2"])
+def test_awq_of_architectures_with_scaled_activations_is_let_through(tmp_path, kind):
     folder = tiny_llama(tmp_path, layers=1)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gptj"}))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
     check(folder, "gptq")
-    with pytest.raises(UnsupportedFormat, match=r"awq-4bit: gptj .*scales of its activations"):
-        check(folder, "awq")
+    check(folder, "awq")
+    if kind == "bloom":
+        check(folder, "gptq:engine=gptqmodel")
+        with pytest.raises(UnsupportedFormat, match=r"awq-4bit: bloom .*layers one by one.*leave engine: gptqmodel"):
+            check(folder, "awq:engine=gptqmodel")
 
 
 W4A16, NEAREST = "compressed-tensors:group_size=32", "compressed-tensors:group_size=32,rounding=nearest"

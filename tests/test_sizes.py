@@ -24,8 +24,10 @@ def test_a_group_size_that_does_not_divide_the_inputs_is_refused_with_those_that
 @pytest.mark.parametrize(
     ("target", "outputs", "inputs", "said"),
     [
-        (AWQTarget(format="awq", group_size=16), 32, 64, "32 outputs .* multiple of 64"),
-        (GPTQTarget(format="gptq", group_size=-1), 12, 64, "12 outputs .* multiple of 8"),
+        (AWQTarget(format="awq", group_size=16, engine="gptqmodel"), 32, 64, "32 outputs .* multiple of 64"),
+        (AWQTarget(format="awq", group_size=16), 24, 64, "24 outputs .* multiple of 16"),
+        (GPTQTarget(format="gptq", group_size=-1), 24, 64, "24 outputs .* multiple of 16"),
+        (GPTQTarget(format="gptq", bits=8, group_size=-1), 6, 64, "6 outputs .* multiple of 4"),
         (GPTQTarget(format="gptq", group_size=-1), 64, 12, "12 inputs .* multiple of 8"),
         (GPTQTarget(format="gptq", bits=3, group_size=-1), 64, 48, "48 inputs .* multiple of 32"),
         (GPTQTarget(format="gptq", bits=2, group_size=-1), 24, 64, "24 outputs .* multiple of 16"),
@@ -54,6 +56,10 @@ def test_int4_in_groups_must_fit_the_inputs(options, inputs, said):
         check_target(sizes(7, inputs), parse_target(f"compressed-tensors:{options}"))
     check_target(sizes(7, inputs), parse_target("compressed-tensors:scheme=w8a8"))
     check_target(sizes(7, inputs), parse_target("compressed-tensors:scheme=fp8"))
+
+
+def test_sixteen_outputs_are_enough_for_our_own_awq():
+    check_target(sizes(48, 96), AWQTarget(format="awq", group_size=32))
 
 
 def test_bitsandbytes_fits_every_shape():

@@ -16,10 +16,10 @@ from pipeline.errors import InputError
 from pipeline.preflight import open_model
 from pipeline.reloadable import check_reload
 from pipeline.rows import check_rows
-from pipeline.sections import Data, Dtype, Upcast
+from pipeline.sections import Calibration, Dtype, Upcast
 from pipeline.sizes import check_target, dense_sizes
 from pipeline.target_layout import check_grid
-from pipeline.targets import Target, parse_target
+from pipeline.targets import Target, first_sentence, parse_target
 
 
 def upcast(
@@ -95,7 +95,8 @@ def quantize(
     dst: Path,
     *,
     to: Annotated[list[str], Parameter(negative="")],
-    calibration: Path | None = None,
+    calibration: Annotated[list[Path], Parameter(negative="")] = [],  # noqa: B006  # cyclopts reads the default
+    shares: Annotated[list[float], Parameter(negative="")] = [],  # noqa: B006
     samples: int = 128,
     sequence_length: int = 512,
     seed: int = 42,
@@ -113,9 +114,11 @@ def quantize(
         A target, such as nf4, int8, gptq:bits=4,group_size=128, awq:group_size=64, compressed-tensors:scheme=fp8 or
         gguf:type=q8_0; may be given several times.
     calibration
-        The rows that GPTQ, AWQ, w4a16 and w8a8 are calibrated on.
+        The rows that GPTQ, AWQ, w4a16 and w8a8 are calibrated on; given several times they are mixed.
+    shares
+        What each of several files has of the samples, such as --shares 3 --shares 1; left out: all alike.
     samples
-        How many calibration samples to take.
+        How many calibration samples to take, of all files together.
     sequence_length
         Tokens in a sample.
     seed
@@ -130,21 +133,18 @@ def quantize(
     if source.quantization is not None:
         raise InputError(f"{src}: is quantized already ({source.quantization.method}); run requant upcast on it first")
     targets = [parse_target(text) for text in to]
-    data = _calibration(targets, calibration)
+    given = _calibration(targets, calibration, shares, samples=samples, sequence_length=sequence_length)
     sizes = dense_sizes(source, format_of(None))
     for target in targets:
         require_libraries(format_to(target))
         check_reload(source, sizes, target)
         check_target(sizes, target)
         check_grid(target, source)
-    options = {
-        "targets": [target.model_dump() for target in targets], "seed": seed,
-        "calibration": {"samples": samples, "sequence_length": sequence_length},
-    }  # fmt: skip
+    options = {"targets": [target.model_dump() for target in targets], "seed": seed, "calibration": given.drawn}
     with showing_progress():
         written = run_by_hand(
-            "quantize", dst, inputs={"dense": source.path.resolve()}, options=options, data=data, by_variant=True,
-            model_type=source.model_type,
+            "quantize", dst, inputs={"dense": source.path.resolve()}, options=options, data=given.rows(None),
+            by_variant=True, model_type=source.model_type,
         )  # fmt: skip
     for output in written:
         OUT.print(f"wrote {output.path}", markup=False, soft_wrap=True)
@@ -160,12 +160,20 @@ def _text(path: Path | None) -> str:
         raise InputError(f"--text {path}: cannot be read ({error}); name a UTF-8 text file") from error
 
 
-def _calibration(targets: list[Target], path: Path | None) -> dict[str, Data]:
+def _calibration(
+    targets: list[Target], paths: list[Path], shares: list[float], *, samples: int, sequence_length: int
+) -> Calibration:
+    """The rows that the targets are calibrated on, checked; where none is calibrated, those of nothing."""
     needy = [target.variant for target in targets if target.calibrated]
-    if not needy:
-        return {}
-    if path is None:
+    if needy and not paths:
         raise InputError(f"{needy[0]}: needs calibration rows; name a file with --calibration")
-    data = Data(path=str(path.resolve()))
-    check_rows(data, limit=None)
-    return {"calibration": data}
+    try:
+        given = Calibration.model_validate({
+            "data": [str(path.resolve()) for path in paths] if needy else "train", "shares": shares if needy else (),
+            "samples": samples, "sequence_length": sequence_length,
+        })  # fmt: skip
+    except ValidationError as error:
+        raise InputError(f"--calibration: {first_sentence(error)}") from error
+    for data in given.rows(None).values():
+        check_rows(data, limit=None)
+    return given

@@ -23,10 +23,11 @@ from pipeline.checkpoint import Checkpoint, copy_companions
 from pipeline.errors import NonFinite, ReloadMismatch
 from pipeline.formats.components import NOT_FINITE, all_finite
 from pipeline.kept import Donor
+from pipeline.quantization.activation_scales import scales_of
 from pipeline.quantization.copies import Copies
 from pipeline.quantization.survival import Survival
 from pipeline.shard_writer import ShardWriter
-from pipeline.shards import DTYPES, ShardReader
+from pipeline.shards import DTYPE_NAMES, DTYPES, ShardReader
 from pipeline.targets import Target
 
 
@@ -107,6 +108,8 @@ def write_folder(
     _check_complete(parent, made, row, set(sources))
     order.out.mkdir(parents=True)
     shapes = {name: (source.dtype, source.shape) for name, source in sources.items()}
+    ones = scales_of(order.target, parent, trust_remote_code=order.trust_remote_code)
+    shapes |= {name: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ones.items()}
     with ShardReader(parent) as dense, ShardReader(made) as library, ShardWriter(order.out, shapes) as writer:
         for name, source in sources.items():
             if source.place != "library":
@@ -117,6 +120,8 @@ def write_folder(
                 tensor = dense[name]  # not scaled after all: the parent's may be of higher precision
             tensor = tensor.to(DTYPES[source.dtype])
             check_finite(name, tensor, "holds NaN or infinity; quantize to more bits or with more calibration rows")
+            writer.write(name, tensor)
+        for name, tensor in ones.items():
             writer.write(name, tensor)
     return finish(order, parent, quantization=quantization)
 

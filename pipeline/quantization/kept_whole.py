@@ -9,11 +9,12 @@ from pipeline import progress
 from pipeline.catalog import format_to
 from pipeline.checkpoint import Checkpoint
 from pipeline.kept import Donor
+from pipeline.quantization.activation_scales import scales_of
 from pipeline.quantization.copies import Copies
 from pipeline.quantization.folder import Order, Written, check_finite, finish
 from pipeline.quantization.heads import kept_dense, left_dense
 from pipeline.shard_writer import ShardWriter
-from pipeline.shards import ShardReader
+from pipeline.shards import DTYPE_NAMES, ShardReader
 
 # Where a config names the modules that stay dense; GPTQ's names none.
 NOT_CONVERTED = {"awq": "modules_to_not_convert", "bitsandbytes": "llm_int8_skip_modules"}
@@ -28,13 +29,16 @@ def write(order: Order) -> Written:
     assert order.described_by
     parent = order.clear()
     copies = Copies(order.kept, format_to(order.target))
+    ones = scales_of(order.target, parent, trust_remote_code=order.trust_remote_code)
     shapes = dict(_shapes(parent, copies))
+    shapes |= {name: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ones.items()}
     order.out.mkdir(parents=True)
     with ShardReader(parent) as dense, ShardWriter(order.out, shapes) as writer:
         for done, name in enumerate(shapes, start=1):
+            tensor = ones[name] if name in ones else copies[name] if name in copies.shapes else dense[name]
             if name not in copies.shapes:
-                check_finite(name, dense[name])
-            writer.write(name, copies[name] if name in copies.shapes else dense[name])
+                check_finite(name, tensor)
+            writer.write(name, tensor)
             progress.step("quantize", done=done, total=len(shapes), unit=f"{order.target.variant} tensors")
     return finish(order, parent, quantization=_quantization(order, parent, order.described_by))
 

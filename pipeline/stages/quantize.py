@@ -10,15 +10,15 @@ from dataclasses import asdict
 from typing import Any
 
 from pydantic import TypeAdapter
-from torch import Tensor
 
-from pipeline import progress
+from pipeline import mixture, progress
 from pipeline.checkpoint import Checkpoint
-from pipeline.encoding import calibration_samples, load_tokenizer
-from pipeline.errors import DataError, UnsupportedFormat
+from pipeline.encoding import load_tokenizer
+from pipeline.errors import UnsupportedFormat
 from pipeline.jobs import Job, Output
 from pipeline.kept import Donor, Kept, keep, made_from, writable
 from pipeline.manifest import MANIFEST, Manifest
+from pipeline.mixture import Mixture, Source
 from pipeline.quantization import writers
 from pipeline.quantization.folder import Order, Written
 from pipeline.quantization.survival import rounded_away
@@ -31,9 +31,10 @@ _TARGETS: TypeAdapter[list[Target]] = TypeAdapter(list[Target])
 def run(job: Job) -> Iterator[Output]:
     """`job.inputs["dense"]` in every format of `job.options["targets"]`, each output as soon as it is written.
 
-    `job.data["calibration"]` names the rows for what is calibrated, of which `job.options["calibration"]` says how many
-    `samples` of `sequence_length` tokens. What a donor of a target holds already is copied; where that is everything,
-    no row is read and no library runs. Raises UnsupportedFormat or MissingLibrary before anything is written.
+    What `job.data` calls `calibration…` are the rows for what is calibrated, of which `job.options["calibration"]` says
+    how many `samples` (where there are several, a list) of `sequence_length` tokens. What a donor of a target holds
+    already is copied; where that is everything, no row is read and no library runs. Raises UnsupportedFormat or
+    MissingLibrary before anything is written.
     """
     targets = _TARGETS.validate_python(job.options["targets"])
     parent = Checkpoint.open(job.inputs["dense"])
@@ -42,14 +43,14 @@ def run(job: Job) -> Iterator[Output]:
     kept = {target.variant: _kept(job, target, parent, digests) for target in targets}
     grids = {target.variant: _grid_of(job, target) for target in targets}
     rounded = [target for target in targets if target.calibrated and not kept[target.variant].described_by]
-    calibration = _calibration(job, parent) if rounded else ()
+    calibration = _calibration(job, parent) if rounded else mixture.NOTHING
     orders = [
         Order(
             dense=job.inputs["dense"].resolve(),
             out=(job.workspace / target.variant).resolve(),
             scratch=(job.workspace / f"{target.variant}.scratch").resolve(),
             target=target,
-            calibration=calibration if target in rounded else (),
+            calibration=calibration.samples if target in rounded else (),
             kept=kept[target.variant].modules,
             described_by=kept[target.variant].described_by,
             grid_of=grids[target.variant],
@@ -67,7 +68,7 @@ def run(job: Job) -> Iterator[Output]:
             variant=order.target.variant,
             folder=order.out,
             metrics={**_metrics(written), "copied_modules": len(own.modules)},
-            notes=_notes(order.target, written, own, digests),
+            notes=_notes(order.target, written, own, digests) | (calibration.notes if order.calibration else {}),
         )
 
 
@@ -109,32 +110,28 @@ def _notes(target: Target, written: Written, kept: Kept, digests: Mapping[str, s
     return notes
 
 
-def _calibration(job: Job, parent: Checkpoint) -> tuple[tuple[int, ...], ...]:
-    """Token ids, a tuple for each sample."""
+def _calibration(job: Job, parent: Checkpoint) -> Mixture:
     tokenizer = load_tokenizer(job.inputs["dense"], trust_remote_code=job.trust_remote_code)
     options = job.options["calibration"]
-    ids = calibration_samples(
-        read_rows(job.data["calibration"]),
+    counts = options["samples"] if isinstance(options["samples"], list) else [options["samples"]]
+    rows = {role: data for role, data in job.data.items() if role.startswith("calibration")}
+    return mixture.drawn(
+        [
+            Source(role=role, path=data.path, rows=read_rows(data), samples=samples)
+            for (role, data), samples in zip(rows.items(), counts, strict=True)
+        ],
         tokenizer,
-        samples=options["samples"],
         length=options["sequence_length"],
         seed=job.options["seed"],
+        vocabulary=_vocabulary(parent),
     )
-    _check_tokens(ids, parent, pad=tokenizer.pad_token_id)
-    return tuple(tuple(sample) for sample in ids.tolist())
 
 
-def _check_tokens(ids: Tensor, dense: Checkpoint, *, pad: int | None) -> None:
-    """Raise DataError for calibration tokens that the model does not know, or that say nothing."""
+def _vocabulary(dense: Checkpoint) -> int | None:
+    """How many tokens the model knows, where its config says so."""
     text = dense.config.get("text_config")
     known = {**dense.config, **(text if isinstance(text, dict) else {})}.get("vocab_size")
-    if isinstance(known, int) and int(ids.max()) >= known:
-        raise DataError(
-            f"calibration: the tokenizer gives token {int(ids.max())}, the model knows {known} of them; its tokenizer "
-            "files are another model's"
-        )
-    if pad is not None and bool((ids == pad).all()):
-        raise DataError("calibration: every token of the rows is padding; give rows of text")
+    return known if isinstance(known, int) else None
 
 
 def _metrics(written: Written) -> dict[str, float]:

@@ -72,7 +72,11 @@ def _lay_out(reader: ShardReader, row: Format, checkpoint: Checkpoint, skeleton:
     for group in scales:
         try:
             name = _consumer(group, skeleton, name_of)
-            pieces[name] = replace(pieces[name], divided_by=dense.dequantize(group).flatten())
+            divisor = dense.dequantize(group).flatten()
+            if bool((divisor == 1).all()):  # so the weight is still what its codes say
+                dropped[group.dense_name] = "scales of ones, which change nothing"
+                continue
+            pieces[name] = replace(pieces[name], divided_by=divisor)
             dropped[group.dense_name] = f"divided out of {name}"
         except InputError as error:
             problems.append(error)

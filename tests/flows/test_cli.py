@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from flows import cli
+from pipeline import by_hand
 from pipeline.recipe import load_recipe, parse_recipe
 from tests.checkpoints import tiny_llama
 
@@ -62,6 +63,23 @@ def test_help_and_plan_import_neither_torch_nor_prefect(root, arguments):
         (["inspect", "/nowhere/x"], 2, "no such folder"),
         (["quantize", "{root}/model", "{root}/q", "--to", "gptq:bits=5"], 2, "bits"),
         (["quantize", "{root}/model", "{root}/q", "--to", "gptq"], 2, "--calibration"),
+        (
+            [
+                "quantize",
+                "{root}/model",
+                "{root}/q",
+                "--to",
+                "gptq",
+                "--calibration",
+                "{root}/train.jsonl",
+                "--calibration",
+                "{root}/eval.jsonl",
+                "--shares",
+                "3",
+            ],
+            2,
+            "shares has 1 for 2 sources of data",
+        ),
         (["quantize", "{root}/model", "{root}/model/q", "--to", "nf4"], 2, "lies inside its input"),
         (["upcast", "{root}/model", "{root}/model"], 2, "exists and is not empty"),
         (["evaluate", "{root}/model", "--data", "{root}/none.jsonl"], 2, "none.jsonl"),
@@ -77,6 +95,21 @@ def test_a_mistake_is_one_sentence_on_standard_error(root, capsys, arguments, co
     assert captured.out == ""
     assert not (root / "q").exists()
     assert not (root / "empty").exists()
+
+
+def test_calibration_files_given_by_hand_are_mixed_by_their_shares(root, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(by_hand, "run_by_hand", lambda *_, **given: seen.update(given) or [])
+    files = ["--calibration", f"{root}/train.jsonl", "--calibration", f"{root}/eval.jsonl"]
+    shares = ["--shares", "3", "--shares", "1", "--samples", "8"]
+    model = ["quantize", f"{root}/model", f"{root}/q", "--to", "gptq:group_size=32"]
+    assert cli.run([*model, *files, *shares]) == 0
+    assert {role: Path(data.path).name for role, data in seen["data"].items()} == {
+        "calibration_1": "train.jsonl", "calibration_2": "eval.jsonl",
+    }  # fmt: skip
+    assert seen["options"]["calibration"] == {"samples": [6, 2], "sequence_length": 512}
+    assert cli.run([*model, *files[:2]]) == 0
+    assert seen["options"]["calibration"] == {"samples": 128, "sequence_length": 512}
 
 
 def test_debug_shows_the_traceback(capsys):

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from flows import figures, terminal
 from pipeline import progress
+from tests.flows.test_remaining import Clock
 
 
 @pytest.fixture
@@ -32,7 +33,21 @@ def test_each_target_of_a_stage_has_a_bar_of_its_own_with_its_unit_and_figure(sh
     assert "6/6 gptq-4bit layers" in text
     assert "1/6 awq-4bit layers" in text
     assert "loss 0.5" in text
-    assert "left" in text
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_bar_and_a_line_say_what_is_left_once_two_layers_are_done(monkeypatch, is_terminal):
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, force_terminal=is_terminal, color_system=None, width=140)
+    monkeypatch.setattr(terminal, "ERR", console)
+    with terminal.showing_progress(clock):
+        progress.step("quantize", done=7, total=12, unit="awq-4bit layers")  # a run that goes on at its seventh layer
+        first = out.getvalue()
+        clock.now += 60
+        progress.step("quantize", done=8, total=12, unit="awq-4bit layers")
+    assert " left" not in first
+    assert "8/12 awq-4bit layers" in out.getvalue()
+    assert "4 min left" in out.getvalue()
 
 
 def test_without_a_terminal_there_are_plain_lines(shown):
@@ -50,9 +65,11 @@ def test_bytes_are_shown_in_the_unit_that_keeps_them_short(nbytes, text):
     assert figures.size(nbytes) == text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(None, "not measured yet"), (58.2, "58 s"), (600.0, "10 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "not measured yet"), (58.2, "58 s"), (600.0, "10 min"), (16_200.0, "4.5 h")]
+)
 def test_seconds_are_shown_as_a_person_says_them(seconds, text):
-    assert terminal.duration(seconds) == text
+    assert figures.duration(seconds) == text
 
 
 FIGURES = {

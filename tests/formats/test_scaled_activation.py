@@ -149,6 +149,18 @@ def test_an_upcast_folds_them_in_and_says_where_they_went(tmp_path):
     assert torch.equal(model.model.layers[0].mlp.c_proj.weight, weight)
 
 
+def test_scales_of_ones_leave_the_weight_what_its_codes_say(tmp_path):
+    awq_checkpoint(tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors"
+    stored = load_file(path)
+    stored["model.layers.0.mlp.act.scales"] = torch.ones(64).half()
+    save_file(stored, path, metadata={"format": "pt"})
+    (output,) = upcast.run(Job(inputs={"source": path.parent}, options={"dtype": "float32"}, workspace=tmp_path))
+    assert output.notes["dropped"] == {"model.layers.0.mlp.act.scales": "scales of ones, which change nothing"}
+    _, found = transformers.AutoModelForCausalLM.from_pretrained(output.folder, output_loading_info=True)
+    assert not any(found.values())
+
+
 def test_scales_without_their_layer_are_refused(tmp_path):
     awq_checkpoint(tmp_path / "source")
     path = tmp_path / "source" / "model.safetensors"

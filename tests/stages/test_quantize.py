@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -113,6 +114,40 @@ def test_gptq_gets_the_calibration_rows_as_token_ids_and_bitsandbytes_none(dense
     assert none.calibration == ()
     assert [len(sample) for sample in some.calibration] == [16] * 4
     assert all(isinstance(token, int) and 0 <= token < 256 for sample in some.calibration for token in sample)
+
+
+def mixture(job_, *sources, samples):
+    """The job with several sources of calibration rows."""
+    options = {**job_.options, "calibration": {"samples": samples, "sequence_length": 16}}
+    data = {f"calibration_{i}": Data(path=str(path)) for i, path in enumerate(sources, start=1)}
+    return replace(job_, options=options, data=data)
+
+
+def test_mixed_sources_reach_the_writer_and_are_noted(dense, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(child, "run", lambda _, given, **__: seen.extend(given) or [None])
+    monkeypatch.setattr(quantize, "_metrics", lambda _: {})
+    monkeypatch.setattr(quantize, "_notes", lambda *_: {"dense": []})
+    one, other = rows(tmp_path / "one.jsonl", 50), rows(tmp_path / "other.jsonl", 50)
+    given = mixture(job(dense, tmp_path, {"format": "gptq", "group_size": 32}), one, other, samples=[3, 1])
+    (output,) = quantize.run(given)
+    assert [len(sample) for sample in seen[0].calibration] == [16] * 4
+    assert output.notes == {
+        "dense": [],
+        "calibration": {
+            "calibration_1": {"rows": "one.jsonl", "samples": 3, "tokens": 48},
+            "calibration_2": {"rows": "other.jsonl", "samples": 1, "tokens": 16},
+        },
+    }
+
+
+def test_a_source_that_yields_less_than_its_share_is_refused_before_a_process_starts(dense, tmp_path, orders):
+    one, other = rows(tmp_path / "one.jsonl", 50), rows(tmp_path / "other.jsonl", 2)
+    given = mixture(job(dense, tmp_path, {"format": "gptq", "group_size": 32}), one, other, samples=[3, 9])
+    with pytest.raises(DataError, match=r"other.jsonl: the rows fill \d samples of 16 tokens, their share is 9"):
+        next(quantize.run(given))
+    assert not orders
 
 
 def test_targets_of_one_engine_are_one_call_and_every_other_is_its_own(dense, tmp_path, monkeypatch):

@@ -274,8 +274,11 @@ def bits_per_weight(target: Target) -> float:
             return 8.0
         case BitsAndBytesTarget():
             return 4.5 if target.double_quant is False else 4 + 8 / 64 + 32 / (64 * 256)
+        case GPTQTarget(bits_per_weight=float(budget)):
+            return budget
         case GPTQTarget() | AWQTarget():
-            return target.bits if target.group_size == -1 else target.bits + (16 + target.bits) / target.group_size
+            bits = target.code_bits if isinstance(target, GPTQTarget) else target.bits
+            return bits if target.group_size == -1 else bits + (16 + bits) / target.group_size
 
 
 def require_libraries(row: Format) -> None:

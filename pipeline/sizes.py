@@ -112,7 +112,8 @@ def check_target(sizes: Sizes, target: Target) -> None:
         if isinstance(target, AWQTarget):
             sides = [("outputs", outputs, AWQ_OUTPUTS)]
         else:  # codes are packed along the inputs, zero points along the outputs
-            step = WORD if target.bits == 3 else WORD // target.bits  # noqa: PLR2004 - 32 codes of 3 bits share 3 words
+            # 32 codes of 3 bits share 3 words.
+            step = max(WORD if bits == 3 else WORD // bits for bits in target.candidates)  # noqa: PLR2004 - three bits
             sides = [("inputs", inputs, step), ("outputs", outputs, step)]
         for side, count, step in sides:
             if count % step:

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline import pairing
+from pipeline.bit_budget import packed_bits
 from pipeline.catalog import Format, format_to
 from pipeline.checkpoint import Checkpoint, copy_companions
 from pipeline.errors import NonFinite, ReloadMismatch
@@ -27,7 +28,7 @@ from pipeline.quantization.copies import Copies
 from pipeline.quantization.survival import Survival
 from pipeline.shard_writer import ShardWriter
 from pipeline.shards import DTYPES, ShardReader
-from pipeline.targets import Target
+from pipeline.targets import Target, is_mixed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,14 +79,16 @@ def scan(parent: Checkpoint) -> None:
 class Written:
     """What became of the weights: which modules are packed, which weight matrices stayed dense, and how large it is.
 
-    `packed_bits_per_weight` counts scales and zero points; `bits_per_weight` is over all tensors of the model.
-    `survival` says of changed modules what their training is on the grid of the source, where that is known.
+    `packed_bits_per_weight` counts scales and zero points; `bits_per_weight` is over all tensors of the model. `bits`
+    are those of each packed module, where a target gives them different ones. `survival` says of changed modules what
+    their training is on the grid of the source, where that is known.
     """
 
     packed: tuple[str, ...]
     dense: tuple[str, ...]
     packed_bits_per_weight: float
     bits_per_weight: float
+    bits: Mapping[str, int] = field(default_factory=dict)
     survival: Mapping[str, Survival] = field(default_factory=dict)
 
 
@@ -131,7 +134,9 @@ def finish(order: Order, parent: Checkpoint, *, quantization: Mapping[str, Any])
     copy_companions(parent.path, order.out)
     if pairing.is_projected(order.out):
         pairing.seal(order.out)
-    return _written(parent, Checkpoint.open(order.out), format_to(order.target))
+    made = Checkpoint.open(order.out)
+    written = _written(parent, made, format_to(order.target))
+    return replace(written, bits=packed_bits(made, written.packed)) if is_mixed(order.target) else written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

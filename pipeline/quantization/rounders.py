@@ -72,13 +72,13 @@ class GPTQ:
         """qweight, qzeros, scales and g_idx of each linear module."""
         rounded = self._replaced or dict(self._rounded(passed))
         self._replaced = {}
-        return dict(_packed(self._streamed, passed, rounded, gptq_layout.pack))
+        return dict(packed(self._streamed, passed, rounded, gptq_layout.pack))
 
     def replace(self, passed: Passed) -> None:
         """Give the layer's modules what their codes stand for."""
         self._replaced = dict(self._rounded(passed))
         for name, found in self._replaced.items():
-            _weight(passed, name).copy_(found.dense())
+            weight_of(passed, name).copy_(found.dense())
 
     def survivors(self) -> Mapping[str, Survival]:
         """As asked for."""
@@ -86,12 +86,7 @@ class GPTQ:
 
     def config(self) -> dict[str, Any]:
         """As gptqmodel writes it."""
-        target = self._target
-        return {
-            "bits": target.bits, "checkpoint_format": "gptq", "desc_act": target.desc_act, "format": "gptq",
-            "group_size": target.group_size, "lm_head": False, "meta": {"quantizer": QUANTIZERS},
-            "pack_dtype": "int32", "quant_method": "gptq", "sym": target.symmetric,
-        }  # fmt: skip
+        return gptq_config(self._target)
 
     def _rounded(self, passed: Passed) -> Iterator[tuple[str, Rounded]]:
         """Modules of one input together: their rows are independent."""
@@ -100,10 +95,10 @@ class GPTQ:
         if not target.calibrated:
             inputs = {(name,): None for name in linears_of(passed.module)}
         for together, gram in inputs.items():
-            names = [name for name in together if _module(self._streamed, passed, name) not in self._order.kept]
+            names = [name for name in together if stored_name(self._streamed, passed, name) not in self._order.kept]
             if not names:
                 continue
-            weights = {name: _weight(passed, name) for name in names}
+            weights = {name: weight_of(passed, name) for name in names}
             stored = _stored(self._grids, self._streamed, passed, weights)
             fresh = partial(anew_by_gptq, gram=gram, target=target)
             with about(f"{passed.name}.{names[0]}"):
@@ -127,7 +122,7 @@ class AWQ:
         """qweight, qzeros and scales of each linear module, and what else was scaled, in float32."""
         wanted = {
             name for name in linears_of(passed.module)
-            if _module(self._streamed, passed, name) not in self._order.kept
+            if stored_name(self._streamed, passed, name) not in self._order.kept
         }  # fmt: skip
         if not wanted:
             return {}
@@ -147,7 +142,7 @@ class AWQ:
             for name, tensor in tensors.items()
             if tensor is not before[name] and name.removesuffix(".weight") not in rounded
         }
-        return {**dict(_packed(self._streamed, passed, rounded, awq_layout.pack)), **folded}
+        return {**dict(packed(self._streamed, passed, rounded, awq_layout.pack)), **folded}
 
     def replace(self, passed: Passed) -> None:
         """AWQ takes dense inputs."""
@@ -187,7 +182,7 @@ class AWQ:
         None at all where a module is kept as it stands by itself: its bytes are those of the scales that it has.
         """
         first = next(iter(linears_of(passed.module)))
-        if layer_of(_module(self._streamed, passed, first)) in self._unfolded:
+        if layer_of(stored_name(self._streamed, passed, first)) in self._unfolded:
             yield ()
             return
         if (structure := _structure(passed.module)) in self._folds:
@@ -214,29 +209,39 @@ class AWQ:
         return tensors, grams
 
 
-def _weight(passed: Passed, name: str) -> Tensor:
+def gptq_config(target: GPTQTarget) -> dict[str, Any]:
+    """The quantization_config of a GPTQ folder."""
+    return {
+        "bits": target.code_bits, "checkpoint_format": "gptq", "desc_act": target.desc_act, "format": "gptq",
+        "group_size": target.group_size, "lm_head": False, "meta": {"quantizer": QUANTIZERS},
+        "pack_dtype": "int32", "quant_method": "gptq", "sym": target.symmetric,
+    }  # fmt: skip
+
+
+def weight_of(passed: Passed, name: str) -> Tensor:
     """float32 [O, I] of a linear module of the layer."""
     module = passed.module.get_submodule(name)
     assert isinstance(module, nn.Linear)
     return module.weight.detach()
 
 
-def _packed(
+def packed(
     streamed: Streamed, passed: Passed, rounded: Mapping[str, Rounded], pack: Callable[[Rounded], Mapping[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
+    """What `pack` gives for modules of the layer, by the names that the checkpoint has for them."""
     for name, found in rounded.items():
-        module = _module(streamed, passed, name)
+        module = stored_name(streamed, passed, name)
         yield from ((f"{module}.{part}", tensor) for part, tensor in pack(found).items())
 
 
-def _module(streamed: Streamed, passed: Passed, name: str) -> str:
+def stored_name(streamed: Streamed, passed: Passed, name: str) -> str:
     """What the checkpoint calls a module of the layer."""
     return streamed.stored(f"{passed.name}.{name}.weight").removesuffix(".weight")
 
 
 def _stored(grids: SourceGrids, streamed: Streamed, passed: Passed, weights: Weights) -> dict[str, Rounded]:
     """What the source has of modules of the layer whose dense weights are `weights`."""
-    found = {name: grids.read(_module(streamed, passed, name), weight) for name, weight in weights.items()}
+    found = {name: grids.read(stored_name(streamed, passed, name), weight) for name, weight in weights.items()}
     return {name: stored for name, stored in found.items() if stored is not None}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pipeline import child
+from pipeline.bit_budget import check_budget
 from pipeline.catalog import DENSE, format_to, require_libraries
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import UnsupportedFormat
@@ -34,6 +35,7 @@ def check(dense: Checkpoint, targets: Iterable[Target]) -> None:
         require_libraries(format_to(target))
         check_reload(dense, sizes, target)
         check_target(sizes, target)
+        check_budget(sizes, target)
 
 
 def write(orders: Sequence[Order]) -> Iterator[tuple[Order, Written]]:

@@ -46,9 +46,10 @@ def check_budget(sizes: Sizes, target: Target) -> None:
     """Raise UnsupportedFormat, naming the least possible, where a budget is below every module's fewest bits."""
     if not is_mixed(target):
         return
-    shapes = _shapes(target, sizes)
-    weights = sum(rows * columns for rows, columns in shapes.values())
-    least = sum(_least(shape, target) for shape in shapes.values())
+    wanted = packable(target, sizes.shapes)
+    shapes = [shape for name, shape in sizes.linears.items() if name in wanted]
+    weights = sum(rows * columns for rows, columns in shapes)
+    least = sum(_bytes(shape, target, min(target.candidates)) for shape in shapes)
     if least > allowed_bytes(target, weights):
         needed = -(-80000 * least // weights) / 10000
         raise UnsupportedFormat(
@@ -58,20 +59,22 @@ def check_budget(sizes: Sizes, target: Target) -> None:
 
 
 def affordable(target: Target, kept: Kept, shapes: Mapping[str, tuple[int, ...]]) -> Kept:
-    """`kept` without the donors, the last first, whose modules leave too little of a budget for those to be rounded."""
-    if not is_mixed(target) or kept.described_by:
+    """`kept` without the donors, the last first, whose modules leave too little of a budget for those to be rounded.
+
+    Where all is kept it comes from one donor, whose config says which bits its modules have.
+    """
+    if not is_mixed(target) or not kept.modules:
         return kept
-    linears = _shapes(target, Sizes(shapes=dict(shapes)))
-    linears = {name: shape for name, shape in linears.items() if name in kept.wanted}
+    linears = {name: shape for name, shape in Sizes(shapes=dict(shapes)).linears.items() if name in kept.wanted}
     allowed = allowed_bytes(target, sum(rows * columns for rows, columns in linears.values()))
     bits = kept_bits(kept.modules)
-    sizes = {name: packed_bytes(linears[name], bits=bits[name], group_size=target.group_size) for name in bits}
     while kept.modules:
-        rest = (_least(shape, target) for name, shape in linears.items() if name not in kept.modules)
-        if sum(sizes[name] for name in kept.modules) + sum(rest) <= allowed:
+        of_one = len(kept.counted) == 1 or not kept.described_by
+        taken = {name: bits[name] if name in kept.modules else min(target.candidates) for name in linears}
+        if of_one and sum(_bytes(shape, target, taken[name]) for name, shape in linears.items()) <= allowed:
             break
-        *_, last = kept.modules.values()
-        left = {name: donor for name, donor in kept.modules.items() if donor.reference != last.reference}
+        *_, last = kept.counted
+        left = {name: donor for name, donor in kept.modules.items() if donor.reference != last}
         kept = replace(kept, modules=left)
     return kept
 
@@ -126,11 +129,5 @@ def _steepest(module: str, now: Choice, choices: Sequence[Choice]) -> tuple[floa
     return min(steps, default=None)
 
 
-def _shapes(target: GPTQTarget, sizes: Sizes) -> dict[str, Shape]:
-    """The modules that are packed, [O, I] each."""
-    wanted = packable(target, sizes.shapes)
-    return {name: shape for name, shape in sizes.linears.items() if name in wanted}
-
-
-def _least(shape: Shape, target: GPTQTarget) -> int:
-    return packed_bytes(shape, bits=min(target.candidates), group_size=target.group_size)
+def _bytes(shape: Shape, target: GPTQTarget, bits: int) -> int:
+    return packed_bytes(shape, bits=bits, group_size=target.group_size)

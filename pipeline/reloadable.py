@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pipeline.checkpoint import Checkpoint, architecture_of
 from pipeline.errors import UnsupportedFormat
 from pipeline.sizes import Sizes
-from pipeline.targets import AWQTarget, GPTQTarget, Target, is_own
+from pipeline.targets import AWQTarget, GPTQTarget, Target, is_mixed, is_own
 
 _SCALES = "transformers expects scales of its activations, which nobody writes"
 _SPLIT = "gptqmodel splits its fused layers, transformers does not"
@@ -56,12 +56,21 @@ def check_reload(dense: Checkpoint, sizes: Sizes, target: Target) -> None:
     decoder = dense.is_gguf or any(_DECODER_LAYER.search(name) for name in sizes.linears)
     if why is None and (dense.config.get("is_encoder_decoder") or not decoder):
         why = "it is no decoder, and only the layers of decoders are found again"
+    if why is None and is_mixed(target):
+        why, remedy = _mixed(dense, kind, sizes), "give bits as a number"
     if why is None and not is_own(target):
         why, remedy = _by_gptqmodel(kind, sizes, awq=awq), "leave engine: gptqmodel out"
     if why:
         raise UnsupportedFormat(
             f"{target.variant}: {kind or 'this architecture'} cannot be reloaded from {target.format} ({why}); {remedy}"
         )
+
+
+def _mixed(dense: Checkpoint, kind: str, sizes: Sizes) -> str | None:
+    """Different bits are loaded by gptqmodel alone, which knows language models, by its own names and fusions."""
+    if not architecture_of(dense.config).endswith("ForCausalLM") and not dense.is_gguf:
+        return "gptqmodel, which alone loads different bits, loads it as a causal language model"
+    return _by_gptqmodel(kind, sizes, awq=False)
 
 
 def _by_gptqmodel(kind: str, sizes: Sizes, *, awq: bool) -> str | None:

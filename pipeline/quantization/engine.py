@@ -166,23 +166,24 @@ def _finish(work: _Work, parent: Checkpoint) -> Written:
     """The folder, from the files of all layers."""
     order, target, rounder = work.order, work.order.target, work.rounder
     assert isinstance(target, GPTQTarget | AWQTarget)
-    paths = sorted((order.scratch / "made").glob("layer-*.safetensors"))
+    folder = order.scratch / "made"
+    paths = sorted(folder.glob("layer-*.safetensors"))
     if isinstance(rounder, MixedGPTQ):
         bits = rounder.choose(parent, paths)
-        made = _opened(paths, {path: chosen_in(path, bits) for path in paths})
+        made = _opened(folder, paths, {path: chosen_in(path, bits) for path in paths})
         written = write_folder(order, parent, made, quantization=mixed_config(rounder.target, bits))
         progress.message("quantize", mix(rounder.target, bits, written.packed_bits_per_weight))
         return written
     survivors = {module: found for path in paths for module, found in _survivors(path).items()}
     written = write_folder(
-        order, parent, _opened(paths), quantization=rounder.config(), scaled=target.format == "awq"
+        order, parent, _opened(folder, paths), quantization=rounder.config(), scaled=target.format == "awq"
     )  # fmt: skip
     if said := sentence(target.variant, survivors, grid=target.grid):
         progress.message("quantize", said)
     return replace(written, survival=survivors)
 
 
-def _opened(paths: Sequence[Path], modules: Mapping[Path, frozenset[str]] | None = None) -> Checkpoint:
+def _opened(folder: Path, paths: Sequence[Path], modules: Mapping[Path, frozenset[str]] | None = None) -> Checkpoint:
     """The tensors in the files of all layers; where `modules` are named for each file, theirs alone."""
     found = {
         name: (path.name, info)
@@ -191,7 +192,7 @@ def _opened(paths: Sequence[Path], modules: Mapping[Path, frozenset[str]] | None
         if modules is None or name.rpartition(".")[0] in modules[path]
     }
     return Checkpoint(
-        path=paths[0].parent, config={}, quantization=None, companions=(),
+        path=folder, config={}, quantization=None, companions=(),
         weight_map={name: file for name, (file, _) in found.items()},
         tensors={name: info for name, (_, info) in found.items()},
     )  # fmt: skip

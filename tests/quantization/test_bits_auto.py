@@ -154,7 +154,9 @@ def test_we_read_every_module_by_its_own_bits(mixed, tmp_path):
     alone = {bits: restored(plain[bits].out, tmp_path / str(bits)) for bits in set(written.bits.values())}
     assert all(torch.equal(found[f"{m}.weight"], alone[bits][f"{m}.weight"]) for m, bits in written.bits.items())
     counted = {bits: list(written.bits.values()).count(bits) for bits in AUTO_BITS}
-    assert inspect(Checkpoint.open(order.out)).bits == {bits: count for bits, count in counted.items() if count}
+    facts = inspect(Checkpoint.open(order.out))
+    assert facts.bits == {bits: count for bits, count in counted.items() if count}
+    assert facts.trainable == "after an upcast only"
 
 
 @pytest.mark.parametrize("last", [1])

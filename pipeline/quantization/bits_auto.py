@@ -48,7 +48,10 @@ class MixedGPTQ:
     def candidates(self, passed: Passed) -> list[Candidate]:
         """The layer's modules that are not kept, in each number of bits.
 
-        A module's error is tr(ΔW H ΔWᵀ) / tr(W H Wᵀ): the share of its outputs' energy that rounding takes.
+        A module's error is tr(ΔW H ΔWᵀ), as it is. On the example model at 4.25 bits, groups of 128, two draws of rows:
+        plain 4 bits diverge by 0.0053 and 0.0054 nats, a mix by this error by 0.0049 and 0.0049, by the share of
+        tr(W H Wᵀ) by 0.0050 and 0.0052, by that times the weights 0.0051 and 0.0053. At 5 bits the last is as good as
+        this one, at 3.5 both others are better by 2 to 9 %. 2 bits as a fourth choice helped at 3.5 alone.
         """
         targets = [self.target.at(bits) for bits in self.target.candidates]
         tensors: dict[int, dict[str, Tensor]] = {target.code_bits: {} for target in targets}
@@ -59,13 +62,11 @@ class MixedGPTQ:
             if not weights:
                 continue
             with about(f"{passed.name}.{next(iter(weights))}"):
-                whole = {name: trace_error(weight, gram) for name, weight in weights.items()}
                 for rounded in round_each(torch.cat([*weights.values()]), gram, targets=targets):
                     found = apart(weights, rounded)
                     tensors[rounded.bits] |= packed(self._streamed, passed, found, gptq_layout.pack)
                     for name, one in found.items():
-                        lost = trace_error(one.dense().sub_(weights[name]), gram)
-                        errors[rounded.bits][stored[name]] = lost / whole[name] if whole[name] else 0.0
+                        errors[rounded.bits][stored[name]] = trace_error(one.dense().sub_(weights[name]), gram)
         return [Candidate(bits=bits, tensors=tensors[bits], errors=errors[bits]) for bits in tensors]
 
     def choose(self, parent: Checkpoint, paths: Iterable[Path]) -> dict[str, int]:

@@ -278,10 +278,13 @@ def bits_per_weight(target: Target) -> float:
             return 4.5 if target.double_quant is False else 4 + 8 / 64 + 32 / (64 * 256)
         case GGUFTarget():  # a float16 scale for each block of 32
             return {"q8_0": 8.5, "q4_0": 4.5}[target.type]
-        case GPTQTarget() | AWQTarget():
-            return target.bits if target.group_size == -1 else target.bits + (16 + target.bits) / target.group_size
         case CompressedTensorsTarget():
             return target.bits if target.group_size == -1 else target.bits + 16 / target.group_size
+        case GPTQTarget(bits_per_weight=float(budget)):
+            return budget
+        case GPTQTarget() | AWQTarget():
+            bits = target.code_bits if isinstance(target, GPTQTarget) else target.bits
+            return bits if target.group_size == -1 else bits + (16 + bits) / target.group_size
 
 
 def require_for(target: Target) -> None:

@@ -56,6 +56,17 @@ class Quantization:
                 return str(self.raw.get("quant_algo")).lower()
         return ""
 
+    @property
+    def mixed(self) -> bool:
+        """Whether single modules have bits or groups of their own by gptqmodel's `dynamic`.
+
+        optimum 2.3, with which transformers loads GPTQ, makes every layer by the bits of the whole.
+        """
+        dynamic = self.raw.get("dynamic") if self.method == "gptq" else None
+        return isinstance(dynamic, dict) and any(
+            values for pattern, values in dynamic.items() if not str(pattern).startswith("-:")
+        )
+
     @staticmethod
     def parse(raw: Mapping[str, Any]) -> Quantization:
         """Read a `quantization_config`; raise CheckpointError if it does not say its method and bits."""

@@ -16,7 +16,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.data_sources import localised, located
 from pipeline.digests import DigestCache
 from pipeline.manifest import Origin
-from pipeline.needs import RUNTIME_BYTES, quantizing_memory, training_needs
+from pipeline.needs import RUNTIME_BYTES, quantizing_disk, quantizing_memory, training_needs
 from pipeline.recipe import Recipe
 from pipeline.sections import LABELLED, Data, Kind
 from pipeline.sizes import Sizes
@@ -166,8 +166,7 @@ class Graph:
             own = {"dense": dense, **self._packed(target, dense)}
             outputs.append(self._planned("quantize", own, target.variant, options, data if known else {}))
             inputs |= own
-        # What was packed lies in files of its own first, from which the artifact is made.
-        disk = 2 * sum(self._sizes.quantized_bytes(target, dtype) for target in targets)
+        disk = sum(quantizing_disk(self._sizes, target, dtype) for target in targets)
         memory = RUNTIME_BYTES + quantizing_memory(self._recipe, self._sizes, targets)
         return Step(
             name=name, stage="quantize", inputs=inputs, outputs=tuple(outputs), data=data, options=shared,

@@ -137,6 +137,8 @@ def _trainable(checkpoint: Checkpoint, *, trust_remote_code: bool) -> str:
     """What the quantizer that transformers would load the checkpoint with says of training on it."""
     if checkpoint.quantization is None:
         return "every weight, or adapters"
+    if checkpoint.quantization.mixed:
+        return "after an upcast only"  # transformers does not load it
     answer = ask(checkpoint.config, checkpoint.quantization.raw, trust_remote_code)
     if answer.adapters:
         return "adapters on top, or after an upcast"

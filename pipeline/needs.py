@@ -9,7 +9,7 @@ from pipeline.kept import layer_of
 from pipeline.recipe import Recipe
 from pipeline.sizes import Sizes
 from pipeline.steps import Needs
-from pipeline.targets import Target, is_own
+from pipeline.targets import Target, is_mixed, is_own
 
 RUNTIME_BYTES = 600 * 10**6  # a process with torch and transformers imported
 ACTIVATIONS = 4 << 30  # bytes of calibration activations in memory, at most
@@ -25,6 +25,15 @@ def training_needs(recipe: Recipe, sizes: Sizes) -> Needs:
         return Needs(disk=10**8, memory=RUNTIME_BYTES + weights)
     dense = sizes.dense_bytes(recipe.upcast.dtype)
     return Needs(disk=6 * weights + dense, memory=RUNTIME_BYTES + 4 * weights)
+
+
+def quantizing_disk(sizes: Sizes, target: Target, dtype: str) -> int:
+    """Bytes of an artifact, and of the files that it is made from: what was packed, with `bits: auto` at every bits."""
+    if is_mixed(target):
+        packed = sum(sizes.quantized_bytes(target.at(bits), dtype) for bits in target.candidates)
+    else:
+        packed = sizes.quantized_bytes(target, dtype)
+    return sizes.quantized_bytes(target, dtype) + packed
 
 
 def quantizing_memory(recipe: Recipe, sizes: Sizes, targets: Sequence[Target]) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from pipeline import donors
 from pipeline.artifacts import Artifact, Store
+from pipeline.bit_budget import affordable
 from pipeline.catalog import Format, format_of
 from pipeline.checkpoint import Checkpoint
 from pipeline.digests import DigestCache
@@ -83,7 +84,8 @@ class Plan:
             return 0
         target = next(target for target in step.targets if target.variant == output.variant)
         shapes = {name: info.shape for name, info in Checkpoint.open(parent.path).tensors.items()}
-        return len(writable(target, keep(target, shapes, parent.manifest.tensors, found)).modules)
+        kept = writable(target, keep(target, shapes, parent.manifest.tensors, found))
+        return len(affordable(target, kept, shapes).modules)
 
     @property
     def runs(self) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.argument_names import check_arguments
 from pipeline.artifacts import REFERENCE, VERSION, Store
+from pipeline.bit_budget import check_budget
 from pipeline.catalog import FORMATS, require_for, require_libraries
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DataError, UnsupportedFormat
@@ -43,6 +44,7 @@ def check(recipe: Recipe, source: Checkpoint, sizes: Sizes) -> Kind | None:
         require_for(target)
         check_reload(source, sizes, target)
         check_target(sizes, target)
+        check_budget(sizes, target)
         check_grid(target, source)
     if recipe.train.method != "none":
         check_arguments(recipe.train.arguments, recipe.train.lora, launched=recipe.train.launcher.several)

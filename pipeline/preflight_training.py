@@ -15,7 +15,7 @@ from pipeline.launcher import read_launch
 from pipeline.preloading import preload
 from pipeline.recipe import Recipe
 from pipeline.sections import LABELLED, Kind, Train
-from pipeline.targets import BASE_TARGETS, AWQTarget, GPTQTarget, Target
+from pipeline.targets import BASE_TARGETS, AWQTarget, GPTQTarget, Target, is_mixed
 from pipeline.trainability import Answer, refusal
 
 # What a method learns from, where that is not everything.
@@ -95,6 +95,11 @@ def _quantized(base: str, source: Checkpoint) -> tuple[str, Mapping[str, Any] | 
         raise RecipeError(
             f"train.base source: transformers does not train on {row.title}; use base dense, which upcasts first"
         )
+    if source.quantization.mixed:
+        raise RecipeError(
+            "train.base source: its modules have different bits (dynamic), which transformers does not load; use base "
+            "dense, which upcasts first"
+        )
     require_libraries(row)
     return row.title, source.quantization.raw
 
@@ -126,6 +131,11 @@ def _check_grid(targets: Sequence[Target]) -> None:
         named = f"the first, {first.variant}, is not one" if first else "there is none"
         raise RecipeError(
             f"train.method qat trains for an integer grid: name a gptq or awq target first ({named}), or use full"
+        )
+    if is_mixed(first):
+        raise RecipeError(
+            f"train.method qat trains for one number of bits: {first.variant}, the first target, has bits auto; name "
+            "one with bits as a number first, or use full"
         )
     if importlib.util.find_spec("torchao") is None:
         raise MissingLibrary("train.method qat needs torchao, which is not installed; run pip install 'requant[qat]'")

@@ -14,7 +14,7 @@ from pipeline.checkpoint import Checkpoint, architecture_of
 from pipeline.errors import UnsupportedFormat
 from pipeline.gguf_writable import check_writable
 from pipeline.sizes import Sizes
-from pipeline.targets import AWQTarget, BitsAndBytesTarget, CompressedTensorsTarget, GGUFTarget, Target
+from pipeline.targets import AWQTarget, BitsAndBytesTarget, CompressedTensorsTarget, GGUFTarget, Target, is_mixed
 
 _SPLIT = "gptqmodel splits its fused layers, transformers does not"
 # model_type → what goes wrong, whoever rounds.
@@ -66,6 +66,8 @@ def check_reload(dense: Checkpoint, sizes: Sizes, target: Target) -> None:
     decoder = dense.is_gguf or any(_DECODER_LAYER.search(name) for name in sizes.linears)
     if why is None and (_has_encoder(dense) or not decoder):
         why = "it is no decoder, and only the layers of decoders are found again"
+    if why is None and is_mixed(target):
+        why, remedy = _mixed(dense, kind, sizes), "give bits as a number"
     if why is None and target.engine == "gptqmodel":
         why, remedy = _by_gptqmodel(kind, sizes, awq=awq), "leave engine: gptqmodel out"
     if why is None and target.engine == "autoawq" and not architecture_of(dense.config).endswith("ForCausalLM"):
@@ -99,6 +101,13 @@ def _refuse(dense: Checkpoint, target: Target, why: str | None, remedy: str) -> 
     if why:
         kind = dense.model_type or "this architecture"
         raise UnsupportedFormat(f"{target.variant}: {kind} cannot be reloaded from {target.format} ({why}); {remedy}")
+
+
+def _mixed(dense: Checkpoint, kind: str, sizes: Sizes) -> str | None:
+    """Different bits are loaded by gptqmodel alone, which knows language models, by its own names and fusions."""
+    if not architecture_of(dense.config).endswith("ForCausalLM") and not dense.is_gguf:
+        return "gptqmodel, which alone loads different bits, loads it as a causal language model"
+    return _by_gptqmodel(kind, sizes, awq=False)
 
 
 def _by_gptqmodel(kind: str, sizes: Sizes, *, awq: bool) -> str | None:

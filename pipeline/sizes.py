@@ -147,8 +147,9 @@ def _sides(
     target: GPTQTarget | AWQTarget | CompressedTensorsTarget, outputs: int, inputs: int
 ) -> Iterator[tuple[str, int, int]]:
     """(side, its length, what that must be a multiple of) of a layer that is packed and run."""
-    word = _word_step(target.bits)
-    kernel = KERNEL_OUTPUTS if target.bits == 4 else word  # noqa: PLR2004 - four bits
+    several = target.candidates if isinstance(target, GPTQTarget) else (target.bits,)
+    word = max(map(_word_step, several))
+    kernel = max(word, KERNEL_OUTPUTS) if 4 in several else word  # noqa: PLR2004 - four bits
     match target:
         case CompressedTensorsTarget(scheme="w4a16"):  # vLLM makes room for whole words
             yield "inputs", inputs, word

@@ -166,8 +166,8 @@ def _layout(target: Target, shape: tuple[int, ...]) -> Layout:
         case GPTQTarget():
             groups = -(-inputs // target.group_size) if target.group_size > 0 else 1
             return {
-                ".qweight": ("I32", (inputs * target.bits // WORD, outputs)),
-                ".qzeros": ("I32", (groups, outputs * target.bits // WORD)),
+                ".qweight": ("I32", (inputs * target.code_bits // WORD, outputs)),
+                ".qzeros": ("I32", (groups, outputs * target.code_bits // WORD)),
                 ".scales": ("F16", (groups, outputs)),
                 ".g_idx": ("I32", (inputs,)),
             }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from pipeline.errors import RecipeError
 
 Grid = Literal["fresh", "keep", "better"]
+AUTO_BITS = (3, 4, 8)  # what `bits: auto` chooses among, module by module
 
 
 class Section(BaseModel):
@@ -72,7 +73,13 @@ class GPTQTarget(_Target):
     """GPTQ, on disk in the v1 `gptq` layout."""
 
     format: Literal["gptq"]
-    bits: Literal[2, 3, 4, 8] = 4
+    bits: Literal[2, 3, 4, 8, "auto"] = 4
+    """`auto` gives each module 3, 4 or 8, so that the whole loses least within `bits_per_weight`. gptqmodel's own
+    loader reads such a folder, transformers' does not."""
+    # Left out of fingerprints where it is not given: what was made before there was such an option stays known.
+    bits_per_weight: Annotated[float | None, Field(gt=0, exclude_if=lambda given: given is None)] = None
+    """The budget of `bits: auto`: bits on disk for each weight of the packed modules, scales, zero points and group
+    indices included."""
     group_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] = 128
     """Weights that share a scale; -1 is a whole input row."""
     symmetric: bool = True
@@ -100,6 +107,30 @@ class GPTQTarget(_Target):
         """Whether its codes depend on the activations of calibration rows."""
         return self.rounding == "gptq"
 
+    @property
+    def code_bits(self) -> int:
+        """The bits of every code; of a target whose modules have different ones, `at` gives one that has some."""
+        assert self.bits != "auto"
+        return self.bits
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """The bits that a module may get."""
+        return AUTO_BITS if self.bits == "auto" else (self.bits,)
+
+    def at(self, bits: int) -> GPTQTarget:
+        """The same with `bits` for every module."""
+        return self.model_copy(update={"bits": bits, "bits_per_weight": None})
+
+    @model_validator(mode="after")
+    def _budget_of_auto(self) -> GPTQTarget:
+        if (self.bits == "auto") != (self.bits_per_weight is not None):
+            raise ValueError("bits auto and bits_per_weight, its budget, go together; give both, or bits as a number")
+        others = {"engine": "requant", "rounding": "gptq", "sequential": False, "grid": "fresh"}
+        if self.bits == "auto" and (foreign := [key for key, plain in others.items() if getattr(self, key) != plain]):
+            raise ValueError(f"bits auto has no {foreign[0]}; leave it out, or give bits as a number")
+        return self
+
     @model_validator(mode="after")
     def _options_of_the_engine(self) -> GPTQTarget:
         own = [name for name in ("static_groups", "mse", "sequential") if getattr(self, name)]
@@ -116,6 +147,8 @@ class GPTQTarget(_Target):
         return self
 
     def _default_name(self) -> str:
+        if self.bits == "auto":
+            return "gptq-auto"
         return f"{'rtn' if self.rounding == 'nearest' else 'gptq'}-{self.bits}bit"
 
 
@@ -231,6 +264,11 @@ BASE_TARGETS: Mapping[str, BitsAndBytesTarget] = {
     "nf4": BitsAndBytesTarget(format="bitsandbytes", type="nf4", name="base-nf4"),
     "int8": BitsAndBytesTarget(format="bitsandbytes", bits=8, name="base-int8"),
 }
+
+
+def is_mixed(target: Target) -> TypeGuard[GPTQTarget]:
+    """Whether its modules have different bits, within a budget."""
+    return isinstance(target, GPTQTarget) and target.bits == "auto"
 
 
 def is_own(target: Target) -> bool:

@@ -30,7 +30,10 @@ def test_a_minimal_recipe_requantizes_nothing_and_trains_nothing():
         ("nme: bot\nsource: x", "unknown key nme; did you mean name?"),
         (MINIMAL + "quantize: [{format: gptq, bitz: 4}]", "quantize.0: unknown key bitz; did you mean bits?"),
         (MINIMAL + "train: {methd: lora}", "train: unknown key methd; did you mean method?"),
-        (MINIMAL + "quantize: [{format: gptq, bits: 5}]", "quantize.0.bits: Input should be 2, 3, 4 or 8 (found 5)"),
+        (
+            MINIMAL + "quantize: [{format: gptq, bits: 5}]",
+            "quantize.0.bits: Input should be 2, 3, 4, 8 or 'auto' (found 5)",
+        ),
         (MINIMAL + "quantize: [{format: gptqq}]", "'gptqq'"),
         (MINIMAL + "train: {method: lora}", "train.data is missing"),
         (MINIMAL + "quantize: [{format: awq}]", "calibration.data is train, but train.data is missing"),

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from flows.commands.models import Json
 from flows.terminal import OUT, print_json, showing_progress
 from pipeline.artifacts import Store
+from pipeline.bit_budget import check_budget
 from pipeline.catalog import format_of, format_to, require_libraries
 from pipeline.errors import InputError
 from pipeline.preflight import open_model
@@ -139,6 +140,7 @@ def quantize(
         require_libraries(format_to(target))
         check_reload(source, sizes, target)
         check_target(sizes, target)
+        check_budget(sizes, target)
         check_grid(target, source)
     options = {"targets": [target.model_dump() for target in targets], "seed": seed, "calibration": given.drawn}
     with showing_progress():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ def load_model(path: Path, *, model_class: Any = AutoModelForCausalLM, trust_rem
 
     Raises ReloadMismatch on any missing, unexpected or mismatched key: transformers fills those with random weights.
     Dense weights are computed in float32 on a CPU, where bf16 has no units of its own on many machines; a GGUF file's
-    are made dense while it is loaded.
+    are made dense while it is loaded. GPTQ whose modules have bits of their own is a causal language model that
+    gptqmodel loads: transformers cannot.
     """
     logging.disable_progress_bar()
     checkpoint = Checkpoint.open(path)
+    if checkpoint.quantization is not None and checkpoint.quantization.mixed:
+        return _by_gptqmodel(checkpoint, trust_remote_code=trust_remote_code)
     dense = checkpoint.quantization is None or checkpoint.is_gguf
     where = _gguf(checkpoint) if checkpoint.is_gguf else {}
     model, found = model_class.from_pretrained(
@@ -39,12 +43,7 @@ def load_model(path: Path, *, model_class: Any = AutoModelForCausalLM, trust_rem
         **where,
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found.get(kind):
-            first = sorted(map(str, found[kind]))[0]
-            raise ReloadMismatch(
-                f"{path.parent.name}/{path.name}: transformers reports {len(found[kind])} {kind.replace('_', ' ')}, "
-                f"such as {first}; this format cannot carry this architecture, choose another target"
-            )
+        _check_none(path, "transformers", kind.replace("_", " "), found.get(kind) or ())
     return model.eval()
 
 
@@ -58,3 +57,30 @@ def _gguf(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "gguf_file": checkpoint.path.name, "quantization_config": GgufConfig(dequantize=True), "config": config,
     }  # fmt: skip
+
+
+def _by_gptqmodel(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
+    """In 16 bits: its one kernel for every number of bits has no other, and must be named on a CPU."""
+    from gptqmodel import BACKEND, GPTQModel
+
+    named = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))  # the older name
+    model = GPTQModel.load(
+        str(checkpoint.path),
+        device=str(device()),
+        dtype=torch.float16 if named == "float16" else torch.bfloat16,
+        backend=BACKEND.GPTQ_TORCH if device().type == "cpu" else BACKEND.AUTO,
+        trust_remote_code=trust_remote_code,
+    ).model
+    _check_none(
+        checkpoint.path, "gptqmodel", "missing keys", dict(model.named_parameters()).keys() - checkpoint.tensors
+    )
+    _check_none(checkpoint.path, "gptqmodel", "unexpected keys", checkpoint.tensors.keys() - model.state_dict().keys())
+    return model.eval()
+
+
+def _check_none(path: Path, library: str, kind: str, keys: Collection[Any]) -> None:
+    if keys:
+        raise ReloadMismatch(
+            f"{path.parent.name}/{path.name}: {library} reports {len(keys)} {kind}, such as {min(map(str, keys))}; "
+            "this format cannot carry this architecture, choose another target"
+        )

@@ -10,20 +10,23 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from safetensors import safe_open
+from torch import Tensor
 
 from pipeline import progress, tensor_file
 from pipeline.catalog import format_to
-from pipeline.checkpoint import INDEX, Checkpoint
+from pipeline.checkpoint import Checkpoint
 from pipeline.digests import digest_value, file_marks
 from pipeline.evaluation.load import device
+from pipeline.headers import read_header
 from pipeline.quantization import compressed_tensors
+from pipeline.quantization.bits_auto import MixedGPTQ, chosen_in, mix, mixed_config, said_of
 from pipeline.quantization.calibration import Pass, Passed, State, unasked
 from pipeline.quantization.folder import Order, Written, scan, write_folder
 from pipeline.quantization.rounders import AWQ, GPTQ, Rounder
@@ -36,9 +39,11 @@ VERSION = 1  # raised when the same order gives other bytes
 SAVE_EVERY = 30.0  # seconds between two savings of the activations, from which a killed run goes on
 
 
-def rounder_of(order: Order, parent: Checkpoint, streamed: Streamed) -> Rounder:
+def rounder_of(order: Order, parent: Checkpoint, streamed: Streamed) -> Rounder | MixedGPTQ:
     """Who rounds for an order's target."""
     match order.target:
+        case GPTQTarget(bits="auto"):
+            return MixedGPTQ(order, streamed)
         case GPTQTarget():
             return GPTQ(order, parent, streamed)
         case AWQTarget():
@@ -75,7 +80,7 @@ class _Work:
     """An order and who rounds for it."""
 
     order: Order
-    rounder: Rounder
+    rounder: Rounder | MixedGPTQ
 
     @property
     def sequential(self) -> bool:
@@ -84,11 +89,18 @@ class _Work:
 
     def keep(self, passed: Passed) -> None:
         """Round a layer; what it gives lies on the disk."""
+        name = f"layer-{passed.index:05d}"
+        if isinstance(self.rounder, MixedGPTQ):
+            for candidate in self.rounder.candidates(passed):
+                self._save(f"{name}-{candidate.bits}bit", candidate.tensors, said_of(candidate))
+            return
         tensors = self.rounder(passed)
-        whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         said = {module: asdict(found) for module, found in self.rounder.survivors().items()}
-        path = self.order.scratch / "made" / f"layer-{passed.index:05d}.safetensors"
-        tensor_file.save(path, whole, metadata={"survival": json.dumps(said)})
+        self._save(name, tensors, {"survival": json.dumps(said)})
+
+    def _save(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        tensor_file.save(self.order.scratch / "made" / f"{name}.safetensors", whole, metadata=metadata)
 
 
 def _passes(works: Sequence[_Work]) -> Iterator[list[_Work]]:
@@ -135,7 +147,8 @@ def _calibrate(works: list[_Work], streamed: Streamed) -> None:
     state = State.load(saved) if saved.exists() else None
     calibration = orders[0].calibration
     asked = frozenset(name for name in streamed.layers if any(_asks(order, streamed, name) for order in orders))
-    replaced = works[0].rounder.replace if works[0].sequential else None
+    first = works[0].rounder
+    replaced = first.replace if works[0].sequential and not isinstance(first, MixedGPTQ) else None
     begin = partial(Pass, streamed, calibration, spill=spill, replace=replaced, asked=asked)
     going = begin(state=state)
     if not going.fits():
@@ -165,27 +178,42 @@ def _mark(order: Order) -> Path:
 
 def _finish(work: _Work, parent: Checkpoint) -> Written:
     """The folder, from the files of all layers."""
-    order, folder = work.order, work.order.scratch / "made"
+    order, target, rounder = work.order, work.order.target, work.rounder
+    folder = order.scratch / "made"
     paths = sorted(folder.glob("layer-*.safetensors"))
-    (folder / "config.json").write_text(json.dumps(parent.config), encoding="utf-8")
-    index: dict[str, str] = {}
-    survivors: dict[str, Survival] = {}
-    for path in paths:
-        names, survived = _inside(path)
-        index |= dict.fromkeys(names, path.name)
-        survivors |= survived
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8")
-    made = Checkpoint.open(folder)
-    packed = {*format_to(order.target).packed_modules(made.tensors), *order.kept}
-    quantization, scaled = work.rounder.config(packed), order.target.format == "awq"
+    if isinstance(rounder, MixedGPTQ):
+        bits = rounder.choose(parent, paths)
+        made = _opened(folder, paths, {path: chosen_in(path, bits) for path in paths})
+        written = write_folder(order, parent, made, quantization=mixed_config(rounder.target, bits))
+        progress.message("quantize", mix(rounder.target, bits, written.packed_bits_per_weight))
+        return written
+    survivors = {module: found for path in paths for module, found in _survivors(path).items()}
+    made = _opened(folder, paths)
+    packed = {*format_to(target).packed_modules(made.tensors), *order.kept}
+    quantization, scaled = rounder.config(packed), target.format == "awq"
     written = write_folder(order, parent, made, quantization=quantization, scaled=scaled)
-    if said := sentence(order.target.variant, survivors, grid=grid_of(order.target)):
+    if said := sentence(target.variant, survivors, grid=grid_of(target)):
         progress.message("quantize", said)
     return replace(written, survival=survivors)
 
 
-def _inside(path: Path) -> tuple[list[str], dict[str, Survival]]:
-    """The names of a layer's tensors, and what became of its changed modules."""
+def _opened(folder: Path, paths: Sequence[Path], modules: Mapping[Path, frozenset[str]] | None = None) -> Checkpoint:
+    """The tensors in the files of all layers; where `modules` are named for each file, theirs alone."""
+    found = {
+        name: (path.name, info)
+        for path in paths
+        for name, info in read_header(path).items()
+        if modules is None or name.rpartition(".")[0] in modules[path]
+    }
+    return Checkpoint(
+        path=folder, config={}, quantization=None, companions=(),
+        weight_map={name: file for name, (file, _) in found.items()},
+        tensors={name: info for name, (_, info) in found.items()},
+    )  # fmt: skip
+
+
+def _survivors(path: Path) -> dict[str, Survival]:
+    """What became of a layer's changed modules."""
     with safe_open(path, framework="pt") as file:
         said = json.loads(file.metadata()["survival"])
-        return list(file.keys()), {module: Survival(**found) for module, found in said.items()}
+    return {module: Survival(**found) for module, found in said.items()}

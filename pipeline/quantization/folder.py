@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline import pairing
+from pipeline.bit_budget import packed_bits
 from pipeline.catalog import Format, format_to
 from pipeline.checkpoint import Checkpoint, copy_companions
 from pipeline.errors import NonFinite, ReloadMismatch
@@ -28,7 +29,7 @@ from pipeline.quantization.copies import Copies
 from pipeline.quantization.survival import Survival
 from pipeline.shard_writer import ShardWriter
 from pipeline.shards import DTYPE_NAMES, DTYPES, ShardReader
-from pipeline.targets import Target
+from pipeline.targets import Target, is_mixed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,15 +80,17 @@ def scan(parent: Checkpoint) -> None:
 class Written:
     """What became of the weights: which modules are packed, which weight matrices stayed dense, and how large it is.
 
-    `packed_bits_per_weight` counts scales and zero points; `bits_per_weight` is over all tensors of the model.
-    `survival` says of changed modules what their training is on the grid of the source, where that is known; `notes`
-    what else whoever uses the folder should know.
+    `packed_bits_per_weight` counts scales and zero points; `bits_per_weight` is over all tensors of the model. `bits`
+    are those of each packed module, where a target gives them different ones. `survival` says of changed modules what
+    their training is on the grid of the source, where that is known; `notes` what else whoever uses the folder should
+    know.
     """
 
     packed: tuple[str, ...]
     dense: tuple[str, ...]
     packed_bits_per_weight: float
     bits_per_weight: float
+    bits: Mapping[str, int] = field(default_factory=dict)
     survival: Mapping[str, Survival] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
 
@@ -135,7 +138,9 @@ def finish(order: Order, parent: Checkpoint, *, quantization: Mapping[str, Any])
     describe(order, parent, {"quantization_config": dict(quantization)})
     if pairing.is_projected(order.out):
         pairing.seal(order.out)
-    return _written(parent, Checkpoint.open(order.out), format_to(order.target))
+    made = Checkpoint.open(order.out)
+    written = _written(parent, made, format_to(order.target))
+    return replace(written, bits=packed_bits(made, written.packed)) if is_mixed(order.target) else written
 
 
 def describe(order: Order, parent: Checkpoint, more: Mapping[str, Any]) -> None:

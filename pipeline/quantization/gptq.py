@@ -17,6 +17,7 @@ rounded within the same 128 columns; here nothing is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,33 +51,29 @@ def round_gptq(
     in either, NotPositiveDefinite where even the whole mean diagonal, added to it, does not make `gram` positive
     definite.
     """
-    inputs = weight.shape[1]
+    return next(round_each(weight, gram, targets=(target,), dtype=dtype, fixed=fixed))
+
+
+def round_each(
+    weight: Tensor,
+    gram: Tensor,
+    *,
+    targets: Sequence[GPTQTarget],
+    dtype: torch.dtype = torch.float16,
+    fixed: Rounded | None = None,
+) -> Iterator[Rounded]:
+    """What `round_gptq` gives for each of `targets`, which differ in their bits alone: `gram` is factored once."""
+    inputs, target = weight.shape[1], targets[0]
+    assert all(other.at(target.code_bits) == target for other in targets)
     if not all_finite(weight):
         raise NonFinite("the weights hold NaN or infinity; train again with a lower learning rate")
     if not all_finite(gram):
         raise NonFinite("the activations of the calibration rows hold NaN or infinity; calibrate with other rows")
     whole = target.desc_act or target.group_size == -1 or fixed is not None  # a grid that is there bears any order
     order = _order(gram.diagonal(), inputs if whole else target.group_size)
-    grid = _known_grid(weight, order, target, dtype, fixed)
-    work = _Work(
-        weight=weight.index_select(1, order).T.contiguous(),
-        factor=_factor(gram, order, damping=target.damping),
-        codes=torch.empty(inputs, weight.shape[0], dtype=torch.uint8, device=weight.device),
-        groups=grid.groups.index_select(0, order),
-        scales=divisors(grid.scales.T).contiguous(),
-        zeros=grid.zeros.T.float().contiguous(),
-        top=2**target.bits - 1,
-        dtype=dtype,
-    )
-    dynamic = fixed is None and target.group_size != -1 and not target.static_groups
-    _round(work, target if dynamic else None)
-    return Rounded(
-        bits=target.bits,
-        codes=work.codes.index_select(0, torch.argsort(order)).T.contiguous(),
-        scales=grid.scales if fixed else work.scales.T.to(dtype).contiguous(),
-        zeros=work.zeros.T.to(torch.uint8).contiguous(),
-        groups=grid.groups,
-    )
+    factor = _factor(gram, order, damping=target.damping)
+    for one in targets:
+        yield _on_factor(weight, order, factor, one, dtype, fixed)
 
 
 def trace_error(delta: Tensor, gram: Tensor) -> float:
@@ -86,6 +83,32 @@ def trace_error(delta: Tensor, gram: Tensor) -> float:
         part = delta[start : start + ROWS_AT_ONCE]
         total += (part @ gram).mul_(part).sum(dtype=torch.float64)
     return float(total)
+
+
+def _on_factor(
+    weight: Tensor, order: Tensor, factor: Tensor, target: GPTQTarget, dtype: torch.dtype, fixed: Rounded | None
+) -> Rounded:
+    """`weight` [O, I] rounded in `order`, given F of its inputs in that order."""
+    grid = _known_grid(weight, order, target, dtype, fixed)
+    work = _Work(
+        weight=weight.index_select(1, order).T.contiguous(),
+        factor=factor,
+        codes=torch.empty(weight.shape[1], weight.shape[0], dtype=torch.uint8, device=weight.device),
+        groups=grid.groups.index_select(0, order),
+        scales=divisors(grid.scales.T).contiguous(),
+        zeros=grid.zeros.T.float().contiguous(),
+        top=2**target.code_bits - 1,
+        dtype=dtype,
+    )
+    dynamic = fixed is None and target.group_size != -1 and not target.static_groups
+    _round(work, target if dynamic else None)
+    return Rounded(
+        bits=target.code_bits,
+        codes=work.codes.index_select(0, torch.argsort(order)).T.contiguous(),
+        scales=grid.scales if fixed else work.scales.T.to(dtype).contiguous(),
+        zeros=work.zeros.T.to(torch.uint8).contiguous(),
+        groups=grid.groups,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,11 +144,11 @@ def _known_grid(
     """The grid as far as it is known before the first column: all of it, or the groups alone, with scales to come."""
     outputs, inputs = weight.shape
     if fixed is not None:
-        assert fixed.bits == target.bits
+        assert fixed.bits == target.code_bits
         return fixed
     if target.group_size == -1 or target.static_groups:
         scales, zeros = find_grid(
-            weight, bits=target.bits, group_size=target.group_size, symmetric=target.symmetric, mse=target.mse,
+            weight, bits=target.code_bits, group_size=target.group_size, symmetric=target.symmetric, mse=target.mse,
             dtype=dtype,
         )  # fmt: skip
     else:
@@ -135,7 +158,7 @@ def _known_grid(
     groups = consecutive(inputs, scales.shape[1], weight.device)
     if target.desc_act and not target.static_groups:
         groups = groups.index_select(0, torch.argsort(order))  # in the order of rounding they are consecutive
-    return Rounded(bits=target.bits, codes=weight, scales=scales, zeros=zeros, groups=groups)
+    return Rounded(bits=target.code_bits, codes=weight, scales=scales, zeros=zeros, groups=groups)
 
 
 def _factor(gram: Tensor, order: Tensor, *, damping: float) -> Tensor:
@@ -188,7 +211,7 @@ def _find(work: _Work, owed: Tensor, first: int, target: GPTQTarget) -> None:
     inverse = torch.linalg.solve_triangular(own, identity, upper=False, unitriangular=True)
     moved = torch.addmm(work.weight[first:end], inverse, owed)
     scales, zeros = find_grid(
-        moved.T, bits=target.bits, group_size=-1, symmetric=target.symmetric, mse=target.mse, dtype=work.dtype
+        moved.T, bits=target.code_bits, group_size=-1, symmetric=target.symmetric, mse=target.mse, dtype=work.dtype
     )
     group = int(work.groups[first])
     work.scales[group], work.zeros[group] = scales[:, 0], zeros[:, 0]

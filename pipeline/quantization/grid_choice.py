@@ -51,11 +51,11 @@ def anew_by_gptq(
     `dtype` is that of the scales.
     """
     if gram is not None:
-        return _apart(weights, round_gptq(torch.cat([*weights.values()]), gram, target=target, dtype=dtype))
+        return apart(weights, round_gptq(torch.cat([*weights.values()]), gram, target=target, dtype=dtype))
     return {
         name: nearest(
             weight,
-            bits=target.bits,
+            bits=target.code_bits,
             group_size=target.group_size,
             symmetric=target.symmetric,
             mse=target.mse,
@@ -75,7 +75,7 @@ def anew_by_awq(weights: Weights, *, gram: Tensor, target: AWQTarget) -> dict[st
     clips = target.rounding == "nearest" if target.clip is None else target.clip
     ranged = clip(weight, gram, group_size=size) if clips else weight
     grid = nearest(ranged, bits=target.bits, group_size=size, symmetric=False)
-    return _apart(weights, _onto(weight, grid, gram, on_awq_grid(target)) if target.rounding == "gptq" else grid)
+    return apart(weights, _onto(weight, grid, gram, on_awq_grid(target)) if target.rounding == "gptq" else grid)
 
 
 def on_awq_grid(target: AWQTarget) -> GPTQTarget:
@@ -100,7 +100,7 @@ def _on_stored(
     for names in _alike(stored):
         weight, grid = torch.cat([weights[name] for name in names]), stack([stored[name] for name in names])
         found = _onto(weight, grid, gram, target)
-        yield from _apart({name: weights[name] for name in names}, found).items()
+        yield from apart({name: weights[name] for name in names}, found).items()
 
 
 def _onto(weight: Tensor, grid: Rounded, gram: Tensor | None, target: GPTQTarget) -> Rounded:
@@ -110,7 +110,7 @@ def _onto(weight: Tensor, grid: Rounded, gram: Tensor | None, target: GPTQTarget
     return round_gptq(weight, gram, target=target, fixed=grid)
 
 
-def _apart(weights: Weights, rounded: Rounded) -> dict[str, Rounded]:
+def apart(weights: Weights, rounded: Rounded) -> dict[str, Rounded]:
     """Modules that were rounded as one."""
     return dict(zip(weights, split(rounded, [len(weight) for weight in weights.values()]), strict=True))
 

@@ -80,7 +80,7 @@ class Integers:
         """The packed tensors of each linear module."""
         rounded = self._replaced or dict(self._rounded(passed))
         self._replaced = {}
-        return dict(_packed(self._streamed, passed, rounded, self._pack))
+        return dict(packed(self._streamed, passed, rounded, self._pack))
 
     def replace(self, passed: Passed) -> None:
         """Give the layer's modules what their codes stand for."""
@@ -124,12 +124,7 @@ class GPTQ(Integers):
 
     def config(self, packed: Collection[str]) -> dict[str, Any]:  # noqa: ARG002 - transformers looks for qweight
         """As gptqmodel writes it."""
-        target = self._target
-        return {
-            "bits": target.bits, "checkpoint_format": "gptq", "desc_act": target.desc_act, "format": "gptq",
-            "group_size": target.group_size, "lm_head": False, "meta": {"quantizer": QUANTIZERS},
-            "pack_dtype": "int32", "quant_method": "gptq", "sym": target.symmetric,
-        }  # fmt: skip
+        return gptq_config(self._target)
 
 
 class AWQ:
@@ -168,7 +163,7 @@ class AWQ:
             for name, tensor in tensors.items()
             if tensor is not before[name] and name.removesuffix(".weight") not in rounded
         }
-        return {**dict(_packed(self._streamed, passed, rounded, awq_layout.pack)), **folded}
+        return {**dict(packed(self._streamed, passed, rounded, awq_layout.pack)), **folded}
 
     def replace(self, passed: Passed) -> None:
         """AWQ takes dense inputs."""
@@ -235,6 +230,15 @@ class AWQ:
         return tensors, grams
 
 
+def gptq_config(target: GPTQTarget) -> dict[str, Any]:
+    """The quantization_config of a GPTQ folder."""
+    return {
+        "bits": target.code_bits, "checkpoint_format": "gptq", "desc_act": target.desc_act, "format": "gptq",
+        "group_size": target.group_size, "lm_head": False, "meta": {"quantizer": QUANTIZERS},
+        "pack_dtype": "int32", "quant_method": "gptq", "sym": target.symmetric,
+    }  # fmt: skip
+
+
 def weight_of(passed: Passed, name: str) -> Tensor:
     """float32 [O, I] of a linear module of the layer."""
     module = passed.module.get_submodule(name)
@@ -242,9 +246,10 @@ def weight_of(passed: Passed, name: str) -> Tensor:
     return module.weight.detach()
 
 
-def _packed(
+def packed(
     streamed: Streamed, passed: Passed, rounded: Mapping[str, Rounded], pack: Callable[[Rounded], Mapping[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
+    """What `pack` gives for modules of the layer, by the names that the checkpoint has for them."""
     for name, found in rounded.items():
         module = module_of(streamed, passed, name)
         yield from ((f"{module}.{part}", tensor) for part, tensor in pack(found).items())

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 
 from pipeline import child
+from pipeline.bit_budget import check_budget
 from pipeline.catalog import DENSE, require_for
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import UnsupportedFormat
@@ -35,6 +36,7 @@ def check(dense: Checkpoint, targets: Iterable[Target]) -> None:
         require_for(target)
         check_reload(dense, sizes, target)
         check_target(sizes, target)
+        check_budget(sizes, target)
 
 
 def write(orders: Sequence[Order]) -> Iterator[tuple[Order, Written]]:

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from pipeline import mixture, progress
+from pipeline.bit_budget import affordable
 from pipeline.checkpoint import Checkpoint
 from pipeline.encoding import load_tokenizer
 from pipeline.errors import UnsupportedFormat
@@ -79,7 +80,8 @@ def _digests(parent: Checkpoint) -> Mapping[str, str]:
 
 def _kept(job: Job, target: Target, parent: Checkpoint, digests: Mapping[str, str]) -> Kept:
     shapes = {name: info.shape for name, info in parent.tensors.items()}
-    return writable(target, keep(target, shapes, digests, job.donors.get(target.variant, ())))
+    found = keep(target, shapes, digests, job.donors.get(target.variant, ()))
+    return affordable(target, writable(target, found), shapes)
 
 
 def _grid_of(job: Job, target: Target) -> Donor | None:
@@ -102,6 +104,8 @@ def _notes(target: Target, written: Written, kept: Kept, digests: Mapping[str, s
         notes["made_from"] = made
     if kept.modules:
         notes["copied_from"] = kept.counted
+    if written.bits:
+        notes["bits"] = dict(sorted(written.bits.items()))
     if written.survival:
         notes["survival"] = {
             module: {key: float(f"{value:.6g}") for key, value in asdict(found).items()}

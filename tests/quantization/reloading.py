@@ -27,3 +27,13 @@ def logits(folder: Path, dtype: str, rows: int = 1) -> dict[str, Any]:
 def several(folders: list[Path], dtype: str = "float32", rows: int = 1) -> list[dict[str, Any]]:
     """What `logits` says of each folder: one process for all."""
     return [logits(folder, dtype, rows) for folder in folders]
+
+
+def loaded_logits(folder: Path) -> Any:
+    """The logits of a row of tokens, by the model that evaluation loads."""
+    import torch
+
+    from pipeline.evaluation.load import load_model
+
+    with torch.no_grad():
+        return load_model(folder)(torch.arange(3, 35)[None]).logits.float().tolist()

@@ -78,12 +78,14 @@ def scan(parent: Checkpoint) -> None:
 class Written:
     """What became of the weights: which modules are packed, which weight matrices stayed dense, and how large it is.
 
-    `packed_bits_per_weight` counts scales and zero points; `bits_per_weight` is over all tensors of the model.
-    `survival` says of changed modules what their training is on the grid of the source, where that is known.
+    `digests` are those of all its tensors before they went to the disk. `packed_bits_per_weight` counts scales and zero
+    points; `bits_per_weight` is over all tensors of the model. `survival` says of changed modules what their training
+    is on the grid of the source, where that is known.
     """
 
     packed: tuple[str, ...]
     dense: tuple[str, ...]
+    digests: Mapping[str, str]
     packed_bits_per_weight: float
     bits_per_weight: float
     survival: Mapping[str, Survival] = field(default_factory=dict)
@@ -105,7 +107,11 @@ def write_folder(
     _check_complete(parent, made, row, set(sources))
     order.out.mkdir(parents=True)
     shapes = {name: (source.dtype, source.shape) for name, source in sources.items()}
-    with ShardReader(parent) as dense, ShardReader(made) as library, ShardWriter(order.out, shapes) as writer:
+    with (
+        ShardReader(parent) as dense,
+        ShardReader(made) as library,
+        ShardWriter(order.out, shapes, noted=True) as writer,
+    ):
         for name, source in sources.items():
             if source.place != "library":
                 writer.write(name, copies[name] if source.place == "donor" else dense[name])
@@ -116,10 +122,10 @@ def write_folder(
             tensor = tensor.to(DTYPES[source.dtype])
             check_finite(name, tensor, "holds NaN or infinity; quantize to more bits or with more calibration rows")
             writer.write(name, tensor)
-    return finish(order, parent, quantization=quantization)
+    return finish(order, parent, quantization=quantization, digests=writer.digests)
 
 
-def finish(order: Order, parent: Checkpoint, *, quantization: Mapping[str, Any]) -> Written:
+def finish(order: Order, parent: Checkpoint, *, quantization: Mapping[str, Any], digests: Mapping[str, str]) -> Written:
     """Write what lies beside the weights in `order.out`, and say what became of them.
 
     That is config.json, with `quantization` as its quantization_config, the parent's tokenizer and other companions,
@@ -131,7 +137,7 @@ def finish(order: Order, parent: Checkpoint, *, quantization: Mapping[str, Any])
     copy_companions(parent.path, order.out)
     if pairing.is_projected(order.out):
         pairing.seal(order.out)
-    return _written(parent, Checkpoint.open(order.out), format_to(order.target))
+    return _written(parent, Checkpoint.open(order.out), format_to(order.target), digests)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +192,7 @@ def check_finite(name: str, tensor: Tensor, otherwise: str = NOT_FINITE) -> None
         raise NonFinite(f"{name}: {otherwise}")
 
 
-def _written(parent: Checkpoint, made: Checkpoint, row: Format) -> Written:
+def _written(parent: Checkpoint, made: Checkpoint, row: Format, digests: Mapping[str, str]) -> Written:
     parts = row.packed_modules(made.tensors)
     matrices = [name.removesuffix(".weight") for name, info in parent.tensors.items()
                 if name.endswith(".weight") and len(info.shape) > 1]  # fmt: skip
@@ -200,6 +206,7 @@ def _written(parent: Checkpoint, made: Checkpoint, row: Format) -> Written:
     return Written(
         packed=tuple(parts),
         dense=tuple(module for module in matrices if module not in parts),
+        digests=digests,
         packed_bits_per_weight=8 * nbytes / weights if weights else 0.0,
         bits_per_weight=8 * made.nbytes / everything,
     )

@@ -30,13 +30,14 @@ def write(order: Order) -> Written:
     copies = Copies(order.kept, format_to(order.target))
     shapes = dict(_shapes(parent, copies))
     order.out.mkdir(parents=True)
-    with ShardReader(parent) as dense, ShardWriter(order.out, shapes) as writer:
+    with ShardReader(parent) as dense, ShardWriter(order.out, shapes, noted=True) as writer:
         for done, name in enumerate(shapes, start=1):
             if name not in copies.shapes:
                 check_finite(name, dense[name])
             writer.write(name, copies[name] if name in copies.shapes else dense[name])
             progress.step("quantize", done=done, total=len(shapes), unit=f"{order.target.variant} tensors")
-    return finish(order, parent, quantization=_quantization(order, parent, order.described_by))
+    quantization = _quantization(order, parent, order.described_by)
+    return finish(order, parent, quantization=quantization, digests=writer.digests)
 
 
 def _shapes(parent: Checkpoint, copies: Copies) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoint import Checkpoint
-from pipeline.errors import about
+from pipeline.checkpoint import Checkpoint, Quantization
+from pipeline.errors import ReloadMismatch, about
 from pipeline.formats import awq as awq_layout
 from pipeline.formats import gptq as gptq_layout
 from pipeline.formats.rounded import Rounded
@@ -25,7 +26,7 @@ from pipeline.quantization.heads import kept_dense
 from pipeline.quantization.source_grids import SourceGrids
 from pipeline.quantization.streamed import Streamed, linears_of
 from pipeline.quantization.survival import Survival
-from pipeline.shards import DTYPES
+from pipeline.shards import DTYPES, TensorGroup
 from pipeline.targets import AWQTarget, GPTQTarget
 
 # Who made it, as loaders read it: gptqmodel refuses asymmetric v1 zero points by a writer that it does not know,
@@ -66,13 +67,14 @@ class GPTQ:
         assert isinstance(order.target, GPTQTarget)
         self._order, self._target, self._streamed = order, order.target, streamed
         self._grids = SourceGrids(order, parent)
+        self._quantization = Quantization.parse(self.config())
         self._replaced: dict[str, Rounded] = {}
 
     def __call__(self, passed: Passed) -> Mapping[str, Tensor]:
         """qweight, qzeros, scales and g_idx of each linear module."""
         rounded = self._replaced or dict(self._rounded(passed))
         self._replaced = {}
-        return dict(_packed(self._streamed, passed, rounded, gptq_layout.pack))
+        return dict(_packed(self._streamed, passed, rounded, gptq_layout, self._quantization))
 
     def replace(self, passed: Passed) -> None:
         """Give the layer's modules what their codes stand for."""
@@ -122,6 +124,7 @@ class AWQ:
         fixed = self._grids.modules if self._target.grid != "fresh" else ()
         self._unfolded = unfolded(order.kept) | {layer for module in fixed if (layer := layer_of(module))}
         self._folds: dict[object, tuple[Fold, ...]] = {}
+        self._quantization = Quantization.parse(self.config())
 
     def __call__(self, passed: Passed) -> Mapping[str, Tensor]:
         """qweight, qzeros and scales of each linear module, and what else was scaled, in float32."""
@@ -147,7 +150,7 @@ class AWQ:
             for name, tensor in tensors.items()
             if tensor is not before[name] and name.removesuffix(".weight") not in rounded
         }
-        return {**dict(_packed(self._streamed, passed, rounded, awq_layout.pack)), **folded}
+        return {**dict(_packed(self._streamed, passed, rounded, awq_layout, self._quantization)), **folded}
 
     def replace(self, passed: Passed) -> None:
         """AWQ takes dense inputs."""
@@ -221,12 +224,25 @@ def _weight(passed: Passed, name: str) -> Tensor:
     return module.weight.detach()
 
 
+class _Layout(Protocol):
+    """A format's module that packs what `Rounded` holds, and reads it again."""
+
+    def pack(self, rounded: Rounded, /) -> Mapping[str, Tensor]: ...
+
+    def dequantize(self, group: TensorGroup, quantization: Quantization, /) -> Tensor: ...
+
+
 def _packed(
-    streamed: Streamed, passed: Passed, rounded: Mapping[str, Rounded], pack: Callable[[Rounded], Mapping[str, Tensor]]
+    streamed: Streamed, passed: Passed, rounded: Mapping[str, Rounded], layout: _Layout, quantization: Quantization
 ) -> Iterator[tuple[str, Tensor]]:
+    """The packed tensors of each module; raise ReloadMismatch where they do not give its codes back, to the bit."""
     for name, found in rounded.items():
         module = _module(streamed, passed, name)
-        yield from ((f"{module}.{part}", tensor) for part, tensor in pack(found).items())
+        tensors = layout.pack(found)
+        group = TensorGroup(module=module, dense_name=f"{module}.weight", tensors=tensors, packed=True)
+        if not torch.equal(layout.dequantize(group, quantization), found.dense()):
+            raise ReloadMismatch(f"{module}: its packed tensors do not give its rounded weights back; report this")
+        yield from ((f"{module}.{part}", tensor) for part, tensor in tensors.items())
 
 
 def _module(streamed: Streamed, passed: Passed, name: str) -> str:

@@ -40,9 +40,9 @@ from rich.table import Table
 from pipeline import child
 from pipeline.encoding import calibration_samples, encode, load_tokenizer
 from pipeline.errors import RequantError
+from pipeline.evaluation.tasks import ENVIRONMENT
 from pipeline.jobs import Job
 from pipeline.preloading import preload
-from pipeline.evaluation.tasks import ENVIRONMENT
 from pipeline.rows import read_rows
 from pipeline.sections import Data
 from pipeline.stages import upcast

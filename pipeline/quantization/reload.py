@@ -165,7 +165,7 @@ class _Loaded:
 
 @torch.no_grad()
 def _load(one: Reload, meant: Meant, given: Mapping[str, Tensor]) -> _Loaded:
-    """Load the model as its users do and ask it; raise ReloadMismatch where other modules are packed than were meant."""
+    """Load the model as its users do and ask it; raise ReloadMismatch where other modules are packed than meant."""
     model_class = class_of(read_json(one.folder / "config.json"), trust_remote_code=one.trust_remote_code)
     with _loading():
         model = load_model(one.folder, model_class=model_class, trust_remote_code=one.trust_remote_code)
@@ -197,6 +197,8 @@ def _check_classes(model: Any, meant: Meant) -> None:
     linear = {name: kind for name, kind in meant.classes.items() if issubclass(kind, nn.Linear | Conv1D)}
     replaced = {name for name, kind in linear.items() if _is_packed(model.get_submodule(name), kind)}
     packed = set(meant.packed)
+    if not packed:
+        raise ReloadMismatch("none of its modules is packed: transformers quantizes no layer of this architecture")
     for name in sorted(packed ^ replaced):
         kind = type(model.get_submodule(name)).__name__
         said = "is packed, but was loaded as a dense" if name in packed else "is stored dense, but was loaded as a"

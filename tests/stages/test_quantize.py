@@ -11,12 +11,15 @@ from pipeline.catalog import FORMATS
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DataError, MissingLibrary, UnsupportedFormat
 from pipeline.jobs import Job
+from pipeline.quantization import writers
+from pipeline.quantization.reload import Reloaded
 from pipeline.sections import Data
 from pipeline.stages import quantize
 from tests.checkpoints import tiny_llama
 
 NF4 = {"format": "bitsandbytes"}
 INT8 = {"format": "bitsandbytes", "bits": 8, "name": "small"}
+RELOADED = Reloaded(modules=7, module="", module_deviation=0.0, deviation=None, bound=0.0, seconds=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def rows(path, count):
     return path
 
 
-def test_each_target_is_an_output_as_soon_as_it_is_written(dense, tmp_path):
+def test_each_target_is_an_output_as_soon_as_it_is_written_and_reloads(dense, tmp_path):
     outputs = quantize.run(job(dense, tmp_path, NF4, INT8))
     first = next(outputs)
     assert (first.variant, first.folder.name) == ("nf4", "nf4")
@@ -112,6 +115,7 @@ def test_targets_of_one_engine_are_one_call_and_every_other_is_its_own(dense, tm
     monkeypatch.setattr(child, "run", lambda name, given, **_: calls.append((name, given)) or [None] * 2)
     data, gptq = rows(tmp_path / "rows.jsonl", 50), {"format": "gptq", "group_size": 32}
     targets = [gptq, NF4, {"format": "awq", "group_size": 32}, {**gptq, "engine": "gptqmodel", "name": "theirs"}]
+    monkeypatch.setattr(writers, "reload", lambda made: [RELOADED] * len(made))
     monkeypatch.setattr(quantize, "_metrics", lambda _: {})
     monkeypatch.setattr(quantize, "_notes", lambda *_: {})
     outputs = list(quantize.run(job(dense, tmp_path, *targets, data=data)))

@@ -1,5 +1,6 @@
 """Quantize checks every target before it makes the first, and gives each up as soon as it is written."""
 
+import importlib
 import importlib.util
 import json
 import shutil
@@ -58,7 +59,18 @@ def rows(path, count):
     return path
 
 
-def test_each_target_is_an_output_as_soon_as_it_is_written_and_reloads(dense, tmp_path):
+@pytest.fixture
+def in_process(monkeypatch):
+    """Have writers and checks work in this process: a child costs more than all that it does to a tiny model."""
+
+    def run(function, given, **_):
+        module, _, name = function.partition(":")
+        return getattr(importlib.import_module(module), name)(given)
+
+    monkeypatch.setattr(child, "run", run)
+
+
+def test_each_target_is_an_output_as_soon_as_it_is_written_and_reloads(dense, tmp_path, in_process):
     outputs = quantize.run(job(dense, tmp_path, NF4, INT8))
     first = next(outputs)
     assert (first.variant, first.folder.name) == ("nf4", "nf4")
@@ -92,7 +104,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(dense, tmp
     assert not orders
 
 
-def test_a_quantized_parent_is_refused(dense, tmp_path):
+def test_a_quantized_parent_is_refused(dense, tmp_path, in_process):
     (output,) = quantize.run(job(dense, tmp_path, NF4))
     with pytest.raises(UnsupportedFormat, match=r"quantized already \(bitsandbytes\)"):
         next(quantize.run(job(output.folder, tmp_path / "again", INT8)))

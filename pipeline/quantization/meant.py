@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +87,7 @@ class Meant:
             return joined[parameter].float() if parameter in joined else self._read(parameter)
 
         stored = {name: name for name in (*self._pieces, *joined)}
-        streamed = Streamed(
-            self._checkpoint, read, device=device(), trust_remote_code=self._trusted, stored=stored
-        )  # fmt: skip
+        streamed = Streamed(self._checkpoint, read, device=device(), trust_remote_code=self._trusted, stored=stored)
         for alias in self._tied.keys() & self._pieces.keys():  # stored though tied: it may differ, and is then its own
             owner, _, leaf = alias.rpartition(".")
             parameter = nn.Parameter(read(alias).to(device()), requires_grad=False)
@@ -153,7 +150,7 @@ def _computing_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]
         return found.to(dtype).float() if isinstance(found, Tensor) and found.is_floating_point() else found
 
     leaves = [module for module in model.modules() if dtype is not None and not list(module.children())]
-    handles = [module.register_forward_hook(partial(hook)) for module in leaves]
+    handles = [module.register_forward_hook(hook) for module in leaves]
     try:
         yield
     finally:

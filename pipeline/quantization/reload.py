@@ -169,9 +169,8 @@ def _load(one: Reload, meant: Meant, given: Mapping[str, Tensor]) -> _Loaded:
     model_class = class_of(read_json(one.folder / "config.json"), trust_remote_code=one.trust_remote_code)
     with _loading():
         model = load_model(one.folder, model_class=model_class, trust_remote_code=one.trust_remote_code)
-    _check_classes(model, meant)
-    parameters = dict(model.named_parameters())
-    with _loading():
+        _check_classes(model, meant)
+        parameters = dict(model.named_parameters())
         return _Loaded(
             dtype=model.dtype,
             outputs={name: _output(model.get_submodule(name), meant, name, model) for name in meant.packed},

@@ -40,9 +40,9 @@ from rich.table import Table
 from pipeline import child
 from pipeline.encoding import calibration_samples, encode, load_tokenizer
 from pipeline.errors import RequantError
+from pipeline.evaluation.tasks import ENVIRONMENT
 from pipeline.jobs import Job
 from pipeline.preloading import preload
-from pipeline.quantization import gptqmodel
 from pipeline.rows import read_rows
 from pipeline.sections import Data
 from pipeline.stages import upcast
@@ -137,7 +137,7 @@ def _fastest(role: str, folder: Path, rounds: int) -> Result | str:
 def _run(role: str, folder: Path, draw: int) -> Result | str:
     print(f"{role}{f', draw {draw}' if draw else ''} …", file=sys.stderr)
     try:
-        result: Result = child.run("quantize_roles:measured", role, folder, draw, environment=gptqmodel.ENVIRONMENT)
+        result: Result = child.run("quantize_roles:measured", role, folder, draw, environment=ENVIRONMENT)
     except RequantError as error:
         return str(error)
     return result

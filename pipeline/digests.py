@@ -46,7 +46,7 @@ def digest_tensors(places: Mapping[str, tuple[Path, TensorInfo]]) -> dict[str, s
 
 def _digest_tensor(path: Path, info: TensorInfo) -> str:
     """The digest of one tensor in a file: its dtype, its shape and its bytes."""
-    digest = hashlib.sha256(f"{info.dtype}{list(info.shape)}".encode())
+    digest = _begun(info.dtype, info.shape)
     with path.open("rb") as file:
         file.seek(info.start)
         left = info.end - info.start
@@ -55,6 +55,17 @@ def _digest_tensor(path: Path, info: TensorInfo) -> str:
             digest.update(chunk)
             left -= len(chunk)
     return digest.hexdigest()
+
+
+def digest_bytes(dtype: str, shape: Sequence[int], data: memoryview) -> str:
+    """The digest of one tensor in memory, as `digest_tensors` has it of one in a file; `dtype` is safetensors' name."""
+    digest = _begun(dtype, shape)
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def _begun(dtype: str, shape: Sequence[int]) -> hashlib._Hash:
+    return hashlib.sha256(f"{dtype}{list(shape)}".encode())
 
 
 def digest_packed(module: str, parts: Iterable[str], tensors: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -37,19 +38,31 @@ def quantizing_disk(sizes: Sizes, target: Target, dtype: str) -> int:
 
 
 def quantizing_memory(recipe: Recipe, sizes: Sizes, targets: Sequence[Target]) -> int:
-    """Bytes beside the imports: a whole model in a library; or a layer in float32, its Gram matrices and activations.
+    """Bytes beside the imports, for writing the targets or for reloading them one by one, whichever is more."""
+    dtype = recipe.upcast.dtype
+    # Whole, or layer by layer in float32 beside what lies outside of the layers, when it is compared with its weights.
+    outside = sum(math.prod(shape) for name, shape in sizes.shapes.items() if layer_of(name) is None)
+    reloaded = max((sizes.quantized_bytes(target, dtype) for target in targets), default=0)
+    compared = 4 * outside + 2 * 4 * max(_layers(sizes).values())
+    return max(_writing_memory(recipe, sizes, targets), reloaded, compared)
 
-    Without calibration it is the largest tensor alone.
-    """
+
+def _writing_memory(recipe: Recipe, sizes: Sizes, targets: Sequence[Target]) -> int:
+    """A whole model in a library; or a layer in float32, its Gram matrices and activations; or the largest tensor."""
     calibrated = [target for target in targets if target.calibrated]
     if not all(map(is_own, calibrated)):
         return 2 * sizes.dense_bytes(recipe.upcast.dtype)
     if not calibrated:
         return 4 * sizes.largest
-    layers: Counter[str | None] = Counter({None: sizes.largest})
-    for name, (outputs, inputs) in sizes.linears.items():
-        layers[layer_of(name)] += outputs * inputs
     widths = [inputs for _, inputs in sizes.linears.values()] or [0]
     rows = recipe.calibration.samples * recipe.calibration.sequence_length
     activations = min(2 * 4 * rows * min(widths), ACTIVATIONS)
-    return 3 * 4 * max(layers.values()) + 4 * 4 * max(widths) ** 2 + activations
+    return 3 * 4 * max(_layers(sizes).values()) + 4 * 4 * max(widths) ** 2 + activations
+
+
+def _layers(sizes: Sizes) -> Counter[str | None]:
+    """Layer → its linear weights; what lies outside counts as the largest tensor at least."""
+    layers: Counter[str | None] = Counter({None: sizes.largest})
+    for name, (outputs, inputs) in sizes.linears.items():
+        layers[layer_of(name)] += outputs * inputs
+    return layers

@@ -21,6 +21,7 @@ from typing import Self
 import torch
 
 from pipeline.checkpoint import INDEX, SINGLE
+from pipeline.digests import digest_bytes
 from pipeline.errors import NoSpace
 from pipeline.headers import ITEM_BITS, pack_header
 from pipeline.shards import DTYPE_NAMES
@@ -59,8 +60,9 @@ class ShardWriter:
 
     `shapes` maps a tensor to its safetensors dtype and its shape, in the order in which they lie. With `resume`, a
     shard that an earlier writer of the same shapes finished is kept: its tensors are in `finished` and need not come.
-    Leaving the block without an error checks that every other tensor was written once, and writes the index. Raises
-    NoSpace, leaving only whole shards, where the disk is full.
+    With `noted`, tensors come whole, and `digests` has each one's as it was in memory. Leaving the block without an
+    error checks that every other tensor was written once, and writes the index. Raises NoSpace, leaving only whole
+    shards, where the disk is full.
     """
 
     def __init__(
@@ -70,8 +72,11 @@ class ShardWriter:
         *,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         resume: bool = False,
+        noted: bool = False,
     ) -> None:
         self._folder = folder
+        self._noted = noted
+        self.digests: dict[str, str] = {}
         self._shapes = shapes
         self._left = {name: _nbytes(*shape) for name, shape in shapes.items()}
         self._total = sum(self._left.values())
@@ -109,6 +114,9 @@ class ShardWriter:
         assert name in self._pending, f"{name} is written twice"
         shard = self._shard_of[name]
         raw = block.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        if self._noted:
+            assert whole, f"{name}: comes in parts"
+            self.digests[name] = digest_bytes(dtype, shape, raw.numpy().data)
         position = shard.positions[name] + first * _nbytes(dtype, shape[1:])
         with self._told_when_full():
             _write_all(shard.handle, raw.numpy().data, position)

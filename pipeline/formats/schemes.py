@@ -94,7 +94,8 @@ def scheme_of(module: str, quantization: Quantization) -> Scheme:
 def activations(quantization: Quantization) -> str:
     """What the model rounds its layers' inputs to, as in `catalog.Format.activations`; the coarsest of several.
 
-    A scale that all of a layer's inputs share is told by "by tensor" after it.
+    A scale that all of a layer's inputs share is told by "by tensor" after it; "even" is the library's grid of a token,
+    whose ends lie half a step beyond its codes (quantization/utils/helpers.py, `calculate_qparams`).
     """
     found = []
     for group in _groups(quantization).values():
@@ -102,7 +103,8 @@ def activations(quantization: Quantization) -> str:
         if isinstance(given, dict):
             bits, kind = given.get("num_bits") or 8, str(given.get("type") or "int").lower()
             by_tensor = given.get("strategy") == "tensor" and not given.get("dynamic")
-            found.append((bits, not by_tensor, f"{kind}{bits}{' by tensor' if by_tensor else ''}"))
+            how = " by tensor" if by_tensor else " even" if kind == "int" else ""
+            found.append((bits, not by_tensor, f"{kind}{bits}{how}"))
     return min(found)[2] if found else ""
 
 

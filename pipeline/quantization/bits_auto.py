@@ -18,12 +18,12 @@ from torch import Tensor
 from pipeline.bit_budget import Choice, allocate, allowed_bytes, kept_bits, packed_bytes
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import about
-from pipeline.formats import gptq as gptq_layout
 from pipeline.quantization.calibration import Passed
 from pipeline.quantization.folder import Order
 from pipeline.quantization.gptq import round_each, trace_error
 from pipeline.quantization.grid_choice import apart
-from pipeline.quantization.rounders import gptq_config, module_of, packed, weight_of
+from pipeline.quantization.layouts import gptq_config, gptq_layout
+from pipeline.quantization.rounders import module_of, packed, weight_of
 from pipeline.quantization.streamed import Streamed
 from pipeline.targets import GPTQTarget, is_mixed
 
@@ -62,9 +62,10 @@ class MixedGPTQ:
             if not weights:
                 continue
             with about(f"{passed.name}.{next(iter(weights))}"):
-                for rounded in round_each(torch.cat([*weights.values()]), gram, targets=targets):
+                several = round_each(torch.cat([*weights.values()]), gram, targets=targets)
+                for target, rounded in zip(targets, several, strict=True):
                     found = apart(weights, rounded)
-                    tensors[rounded.bits] |= packed(self._streamed, passed, found, gptq_layout.pack)
+                    tensors[rounded.bits] |= packed(self._streamed, passed, found, gptq_layout(target))
                     for name, one in found.items():
                         errors[rounded.bits][stored[name]] = trace_error(one.dense().sub_(weights[name]), gram)
         return [Candidate(bits=bits, tensors=tensors[bits], errors=errors[bits]) for bits in tensors]

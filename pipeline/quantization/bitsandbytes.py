@@ -59,8 +59,8 @@ def write(order: Order) -> Written:
     modules = _modules(parent, spared, trust_remote_code=order.trust_remote_code)
     order.out.mkdir(parents=True)
     try:
-        _write_weights(order, order.target, parent, modules, Copies(order.kept, format_to(order.target)))
-        return finish(order, parent, quantization=_config(order.target, spared).to_dict())
+        digests = _write_weights(order, order.target, parent, modules, Copies(order.kept, format_to(order.target)))
+        return finish(order, parent, quantization=_config(order.target, spared).to_dict(), digests=digests)
     except BaseException:
         shutil.rmtree(order.out)
         raise
@@ -68,9 +68,9 @@ def write(order: Order) -> Written:
 
 def _write_weights(
     order: Order, target: BitsAndBytesTarget, parent: Checkpoint, modules: Mapping[str, _Module], copies: Copies
-) -> None:
-    """Every tensor of the parent in its order, packed, copied or as it is."""
-    with ShardWriter(order.out, _shapes(target, parent, modules, copies)) as writer:
+) -> Mapping[str, str]:
+    """Every tensor of the parent in its order, packed, copied or as it is; return the digest of each."""
+    with ShardWriter(order.out, _shapes(target, parent, modules, copies), noted=True) as writer:
         for name in _counted(parent.tensors, f"{target.variant} tensors"):
             if copied := copies.parts.get(name.removesuffix(".weight")):
                 for part in copied:
@@ -85,6 +85,7 @@ def _write_weights(
                 parts = _pack(target, modules[name].weight(stored))
             for part, tensor in parts.items():
                 writer.write(f"{modules[name].name}.{part}", tensor)
+    return writer.digests
 
 
 def _stored(parent: Checkpoint, name: str) -> Tensor:

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import Checkpoint, Quantization
 from pipeline.errors import about
+from pipeline.formats.compressed_tensors import dequantize
 from pipeline.formats.compressed_tensors_pack import config_of, pack, pack_floats, scheme_of
 from pipeline.quantization.calibration import Passed
 from pipeline.quantization.folder import Order
 from pipeline.quantization.grid_choice import on_symmetric_grid
 from pipeline.quantization.heads import left_dense
+from pipeline.quantization.layouts import Layout
 from pipeline.quantization.rounders import Integers, module_of, weight_of
 from pipeline.quantization.streamed import Streamed, linears_of
 from pipeline.quantization.survival import Survival
@@ -28,9 +30,13 @@ class SymmetricIntegers(Integers):
 
     def __init__(self, order: Order, parent: Checkpoint, streamed: Streamed) -> None:
         assert isinstance(order.target, CompressedTensorsTarget)
+        layout = Layout(
+            pack=partial(pack, scheme=scheme_of(order.target)), dequantize=dequantize,
+            quantization=Quantization.parse(config_of(order.target, ())),
+        )  # fmt: skip
         super().__init__(
-            order, parent, streamed, target=on_symmetric_grid(order.target),
-            pack=partial(pack, scheme=scheme_of(order.target)), dtype_of=partial(_dtype_of, parent),
+            order, parent, streamed, target=on_symmetric_grid(order.target), layout=layout,
+            dtype_of=partial(_dtype_of, parent),
         )  # fmt: skip
         self._parent = parent
 

@@ -80,14 +80,15 @@ def scan(parent: Checkpoint) -> None:
 class Written:
     """What became of the weights: which modules are packed, which weight matrices stayed dense, and how large it is.
 
-    `packed_bits_per_weight` counts scales and zero points; `bits_per_weight` is over all tensors of the model. `bits`
-    are those of each packed module, where a target gives them different ones. `survival` says of changed modules what
-    their training is on the grid of the source, where that is known; `notes` what else whoever uses the folder should
-    know.
+    `digests` are those of all its tensors before they went to the disk. `packed_bits_per_weight` counts scales and zero
+    points; `bits_per_weight` is over all tensors of the model. `bits` are those of each packed module, where a target
+    gives them different ones. `survival` says of changed modules what their training is on the grid of the source,
+    where that is known; `notes` what else whoever uses the folder should know.
     """
 
     packed: tuple[str, ...]
     dense: tuple[str, ...]
+    digests: Mapping[str, str]
     packed_bits_per_weight: float
     bits_per_weight: float
     bits: Mapping[str, int] = field(default_factory=dict)
@@ -113,7 +114,11 @@ def write_folder(
     shapes = {name: (source.dtype, source.shape) for name, source in sources.items()}
     ones = scales_of(order.target, parent, trust_remote_code=order.trust_remote_code)
     shapes |= {name: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ones.items()}
-    with ShardReader(parent) as dense, ShardReader(made) as library, ShardWriter(order.out, shapes) as writer:
+    with (
+        ShardReader(parent) as dense,
+        ShardReader(made) as library,
+        ShardWriter(order.out, shapes, noted=True) as writer,
+    ):
         for name, source in sources.items():
             if source.place != "library":
                 writer.write(name, copies[name] if source.place == "donor" else dense[name])
@@ -126,10 +131,10 @@ def write_folder(
             writer.write(name, tensor)
         for name, tensor in ones.items():
             writer.write(name, tensor)
-    return finish(order, parent, quantization=quantization)
+    return finish(order, parent, quantization=quantization, digests=writer.digests)
 
 
-def finish(order: Order, parent: Checkpoint, *, quantization: Mapping[str, Any]) -> Written:
+def finish(order: Order, parent: Checkpoint, *, quantization: Mapping[str, Any], digests: Mapping[str, str]) -> Written:
     """Write what lies beside the weights in `order.out`, and say what became of them.
 
     That is config.json, with `quantization` as its quantization_config, the parent's tokenizer and other companions,
@@ -139,7 +144,7 @@ def finish(order: Order, parent: Checkpoint, *, quantization: Mapping[str, Any])
     if pairing.is_projected(order.out):
         pairing.seal(order.out)
     made = Checkpoint.open(order.out)
-    written = _written(parent, made, format_to(order.target))
+    written = _written(parent, made, format_to(order.target), digests)
     return replace(written, bits=packed_bits(made, written.packed)) if is_mixed(order.target) else written
 
 
@@ -202,7 +207,7 @@ def check_finite(name: str, tensor: Tensor, otherwise: str = NOT_FINITE) -> None
         raise NonFinite(f"{name}: {otherwise}")
 
 
-def _written(parent: Checkpoint, made: Checkpoint, row: Format) -> Written:
+def _written(parent: Checkpoint, made: Checkpoint, row: Format, digests: Mapping[str, str]) -> Written:
     parts = row.packed_modules(made.tensors)
     matrices = [name.removesuffix(".weight") for name, info in parent.tensors.items()
                 if name.endswith(".weight") and len(info.shape) > 1]  # fmt: skip
@@ -216,6 +221,7 @@ def _written(parent: Checkpoint, made: Checkpoint, row: Format) -> Written:
     return Written(
         packed=tuple(parts),
         dense=tuple(module for module in matrices if module not in parts),
+        digests=digests,
         packed_bits_per_weight=8 * nbytes / weights if weights else 0.0,
         bits_per_weight=8 * made.nbytes / everything,
     )

@@ -23,6 +23,7 @@ from gguf import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES, GGMLQuantization
 
 from pipeline import progress
 from pipeline.checkpoint import Checkpoint
+from pipeline.digests import digest_bytes
 from pipeline.encoding import load_tokenizer
 from pipeline.errors import ReloadMismatch, UnexpectedTensor, about
 from pipeline.formats import gguf as layout
@@ -76,12 +77,12 @@ def write(order: Order) -> Written:
     order.out.mkdir(parents=True)
     try:
         path = order.out / f"model-{order.target.type.upper()}.gguf"
-        tensors, notes = _write_file(path, order, order.target, parent, config)
+        tensors, digests, notes = _write_file(path, order, order.target, parent, config)
         notes = {**_read_back(path, order, parent, config), **notes}
         if said := notes.get("tokenizer"):
             progress.message("quantize", f"{order.target.variant}: {said}")
         describe(order, parent, {})
-        return _written(tensors, Checkpoint.open(order.out), notes)
+        return _written(tensors, Checkpoint.open(order.out), digests, notes)
     except BaseException:
         shutil.rmtree(order.out)
         raise
@@ -89,8 +90,8 @@ def write(order: Order) -> Written:
 
 def _write_file(
     path: Path, order: Order, target: GGUFTarget, parent: Checkpoint, config: Any
-) -> tuple[Mapping[str, _Tensor], Mapping[str, str]]:
-    """Write the file; return its tensors by name, in order, and what the manifest should say of its tokenizer."""
+) -> tuple[Mapping[str, _Tensor], Mapping[str, str], Mapping[str, str]]:
+    """Write the file; return its tensors by name, in order, their digests, and what to say of its tokenizer."""
     architecture = ARCHITECTURES[parent.model_type].name
     tensors = _tensors(parent, architecture, target, trust_remote_code=order.trust_remote_code)
     extra = _frequencies(config)
@@ -107,13 +108,17 @@ def _write_file(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for values in extra.values():
+        digests: dict[str, str] = {}
+        for name, values in extra.items():
+            digests[name] = digest_bytes("F32", values.shape, values.data)
             writer.write_tensor_data(values)
-        for done, tensor in enumerate(tensors.values()):
+        for done, (name, tensor) in enumerate(tensors.items()):
             progress.step("quantize", done=done, total=len(tensors), unit=f"{target.variant} tensors")
-            writer.write_tensor_data(_stored(parent, tensor))
+            values = _stored(parent, tensor)
+            digests[name] = digest_bytes(tensor.dtype, tensor.shape, values.data)
+            writer.write_tensor_data(values)
     progress.step("quantize", done=len(tensors), total=len(tensors), unit=f"{target.variant} tensors")
-    return tensors, notes
+    return tensors, digests, notes
 
 
 def _tensors(
@@ -235,7 +240,9 @@ def _rope_numbers(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[t
     return [(ours[key], theirs.get(key, math.nan)) for key in ("rope_theta", "factor") if ours.get(key) is not None]
 
 
-def _written(tensors: Mapping[str, _Tensor], made: Checkpoint, notes: Mapping[str, str]) -> Written:
+def _written(
+    tensors: Mapping[str, _Tensor], made: Checkpoint, digests: Mapping[str, str], notes: Mapping[str, str]
+) -> Written:
     matrices = [tensor for tensor in tensors.values() if tensor.dtype != "F32"]
     weights = sum(math.prod(tensor.shape) for tensor in matrices)
     everything = sum(math.prod(tensor.shape) for tensor in tensors.values())
@@ -244,5 +251,6 @@ def _written(tensors: Mapping[str, _Tensor], made: Checkpoint, notes: Mapping[st
         dense=(),
         packed_bits_per_weight=8 * sum(tensor.nbytes for tensor in matrices) / weights,
         bits_per_weight=8 * made.nbytes / everything,
+        digests=digests,
         notes=notes,
     )

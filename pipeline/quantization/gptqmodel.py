@@ -21,8 +21,6 @@ from pipeline.quantization.folder import Order, Written, scan, write_folder
 from pipeline.quantization.heads import is_classifier, kept_dense
 from pipeline.targets import AWQTarget, GPTQTarget
 
-# Must be there before gptqmodel is imported: with its own count it stops on a machine of two cores.
-ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2"}
 # What loaders read. The rest of gptqmodel's config (`meta`: paths, timings, device strategies) says how, not what.
 CONFIG_KEYS = ("bits", "group_size", "sym", "desc_act", "lm_head", "quant_method", "format", "checkpoint_format",
                "pack_dtype", "zero_point", "version")  # fmt: skip

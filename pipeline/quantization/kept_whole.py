@@ -33,14 +33,15 @@ def write(order: Order) -> Written:
     shapes = dict(_shapes(parent, copies))
     shapes |= {name: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ones.items()}
     order.out.mkdir(parents=True)
-    with ShardReader(parent) as dense, ShardWriter(order.out, shapes) as writer:
+    with ShardReader(parent) as dense, ShardWriter(order.out, shapes, noted=True) as writer:
         for done, name in enumerate(shapes, start=1):
             tensor = ones[name] if name in ones else copies[name] if name in copies.shapes else dense[name]
             if name not in copies.shapes:
                 check_finite(name, tensor)
             writer.write(name, tensor)
             progress.step("quantize", done=done, total=len(shapes), unit=f"{order.target.variant} tensors")
-    return finish(order, parent, quantization=_quantization(order, parent, order.described_by))
+    quantization = _quantization(order, parent, order.described_by)
+    return finish(order, parent, quantization=quantization, digests=writer.digests)
 
 
 def _shapes(parent: Checkpoint, copies: Copies) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:

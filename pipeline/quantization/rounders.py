@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import about
-from pipeline.formats import awq as awq_layout
-from pipeline.formats import gptq as gptq_layout
 from pipeline.formats.rounded import Rounded
 from pipeline.kept import layer_of, unfolded
 from pipeline.quantization.awq import scaled, search_scales
@@ -23,15 +21,13 @@ from pipeline.quantization.folder import Order
 from pipeline.quantization.folds import Fold, apply, attainable
 from pipeline.quantization.grid_choice import Weights, anew_by_awq, anew_by_gptq, on_awq_grid, settle
 from pipeline.quantization.heads import kept_dense
+from pipeline.quantization.layouts import Layout, awq_config, awq_layout, gptq_config, gptq_layout
 from pipeline.quantization.source_grids import SourceGrids
 from pipeline.quantization.streamed import Streamed, linears_of
 from pipeline.quantization.survival import Survival
 from pipeline.shards import DTYPES
 from pipeline.targets import AWQTarget, GPTQTarget, grid_of
 
-# Who made it, as loaders read it: gptqmodel refuses asymmetric v1 zero points by a writer that it does not know,
-# because AutoGPTQ's were wrong; they are packed here as by gptqmodel since that version.
-QUANTIZERS = ["requant:1", "gptqmodel:0.9.0"]
 CLOSE = 1e-3  # how far a layer's output may move for its folds, as a share of the output: float32 moves it by 1e-6
 
 
@@ -68,11 +64,11 @@ class Integers:
         streamed: Streamed,
         *,
         target: GPTQTarget,
-        pack: Callable[[Rounded], Mapping[str, Tensor]],
+        layout: Layout,
         dtype_of: Callable[[str], torch.dtype],
     ) -> None:
         self._order, self._grid, self._target, self._streamed = order, grid_of(order.target), target, streamed
-        self._pack, self._dtype_of = pack, dtype_of
+        self._layout, self._dtype_of = layout, dtype_of
         self._grids = SourceGrids(order, parent)
         self._replaced: dict[str, Rounded] = {}
 
@@ -80,7 +76,7 @@ class Integers:
         """The packed tensors of each linear module."""
         rounded = self._replaced or dict(self._rounded(passed))
         self._replaced = {}
-        return dict(packed(self._streamed, passed, rounded, self._pack))
+        return dict(packed(self._streamed, passed, rounded, self._layout))
 
     def replace(self, passed: Passed) -> None:
         """Give the layer's modules what their codes stand for."""
@@ -119,7 +115,12 @@ class GPTQ(Integers):
     def __init__(self, order: Order, parent: Checkpoint, streamed: Streamed) -> None:
         assert isinstance(order.target, GPTQTarget)
         super().__init__(
-            order, parent, streamed, target=order.target, pack=gptq_layout.pack, dtype_of=lambda _: torch.float16
+            order,
+            parent,
+            streamed,
+            target=order.target,
+            layout=gptq_layout(order.target),
+            dtype_of=lambda _: torch.float16,
         )
 
     def config(self, packed: Collection[str]) -> dict[str, Any]:  # noqa: ARG002 - transformers looks for qweight
@@ -138,6 +139,7 @@ class AWQ:
         fixed = self._grids.modules if self._target.grid != "fresh" else ()
         self._unfolded = unfolded(order.kept) | {layer for module in fixed if (layer := layer_of(module))}
         self._folds: dict[object, tuple[Fold, ...]] = {}
+        self._layout = awq_layout(self._target)
 
     def __call__(self, passed: Passed) -> Mapping[str, Tensor]:
         """qweight, qzeros and scales of each linear module, and what else was scaled, in float32."""
@@ -163,7 +165,7 @@ class AWQ:
             for name, tensor in tensors.items()
             if tensor is not before[name] and name.removesuffix(".weight") not in rounded
         }
-        return {**dict(packed(self._streamed, passed, rounded, awq_layout.pack)), **folded}
+        return {**dict(packed(self._streamed, passed, rounded, self._layout)), **folded}
 
     def replace(self, passed: Passed) -> None:
         """AWQ takes dense inputs."""
@@ -175,13 +177,8 @@ class AWQ:
 
     def config(self, packed: Collection[str]) -> dict[str, Any]:  # noqa: ARG002 - only heads are named
         """As gptqmodel writes it; transformers makes every linear layer that is not named an AWQ layer."""
-        found: dict[str, Any] = {
-            "bits": self._target.bits, "checkpoint_format": "gemm", "desc_act": False, "format": "gemm",
-            "group_size": self._target.group_size, "lm_head": False, "meta": {"quantizer": QUANTIZERS},
-            "pack_dtype": "int32", "quant_method": "awq", "version": "gemm", "zero_point": True,
-        }  # fmt: skip
         head = kept_dense(self._parent, trust_remote_code=self._order.trust_remote_code)
-        return found | ({"modules_to_not_convert": head} if head else {})
+        return awq_config(self._target) | ({"modules_to_not_convert": head} if head else {})
 
     def _scaled(
         self, passed: Passed, before: Mapping[str, Tensor]
@@ -230,15 +227,6 @@ class AWQ:
         return tensors, grams
 
 
-def gptq_config(target: GPTQTarget) -> dict[str, Any]:
-    """The quantization_config of a GPTQ folder."""
-    return {
-        "bits": target.code_bits, "checkpoint_format": "gptq", "desc_act": target.desc_act, "format": "gptq",
-        "group_size": target.group_size, "lm_head": False, "meta": {"quantizer": QUANTIZERS},
-        "pack_dtype": "int32", "quant_method": "gptq", "sym": target.symmetric,
-    }  # fmt: skip
-
-
 def weight_of(passed: Passed, name: str) -> Tensor:
     """float32 [O, I] of a linear module of the layer."""
     module = passed.module.get_submodule(name)
@@ -247,12 +235,11 @@ def weight_of(passed: Passed, name: str) -> Tensor:
 
 
 def packed(
-    streamed: Streamed, passed: Passed, rounded: Mapping[str, Rounded], pack: Callable[[Rounded], Mapping[str, Tensor]]
+    streamed: Streamed, passed: Passed, rounded: Mapping[str, Rounded], layout: Layout
 ) -> Iterator[tuple[str, Tensor]]:
-    """What `pack` gives for modules of the layer, by the names that the checkpoint has for them."""
+    """The packed tensors of modules of the layer, by the names that the checkpoint has for them."""
     for name, found in rounded.items():
-        module = module_of(streamed, passed, name)
-        yield from ((f"{module}.{part}", tensor) for part, tensor in pack(found).items())
+        yield from layout.packed(module_of(streamed, passed, name), found).items()
 
 
 def module_of(streamed: Streamed, passed: Passed, name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,16 +21,23 @@ _MAPPED = 1 << 24  # elements from which an embedding stays in its file: of its 
 class Streamed:
     """The architecture of a checkpoint with real buffers, its weights read by `read` (a stored tensor by its name).
 
+    `stored` maps each parameter to the name that it is read by; left out, to its tensor in a dense checkpoint.
     `layers` maps the name of each layer, the items of the model's outermost lists of modules that hold linear layers,
     to its module. All else is loaded at once, in float32; large embeddings stay in their file, in the dtype that they
     have there, and give float32. Raise UnsupportedFormat where a parameter is not stored as one tensor.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, read: Read, *, device: torch.device, trust_remote_code: bool = False
+        self,
+        checkpoint: Checkpoint,
+        read: Read,
+        *,
+        device: torch.device,
+        trust_remote_code: bool = False,
+        stored: Mapping[str, str] | None = None,
     ) -> None:
         self._read, self.device = read, device
-        self._stored = _stored(checkpoint, trust_remote_code=trust_remote_code)
+        self._stored = _stored(checkpoint, trust_remote_code=trust_remote_code) if stored is None else stored
         self.model: Any = hollow(checkpoint.folder, trust_remote_code=trust_remote_code).eval()
         for module in self.model.modules():  # a cache of keys and values would grow whenever a layer runs again
             if hasattr(getattr(module, "config", None), "use_cache"):

@@ -9,9 +9,11 @@ from pipeline import child
 from pipeline.bit_budget import check_budget
 from pipeline.catalog import DENSE, require_for
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import UnsupportedFormat
-from pipeline.quantization import gptqmodel, kept_whole
+from pipeline.errors import ReloadMismatch, UnsupportedFormat
+from pipeline.evaluation.tasks import ENVIRONMENT
+from pipeline.quantization import kept_whole
 from pipeline.quantization.folder import Order, Written
+from pipeline.quantization.reload import Reload, Reloaded
 from pipeline.reloadable import check_reload
 from pipeline.sizes import check_target, dense_sizes
 from pipeline.targets import Target, is_own
@@ -39,28 +41,35 @@ def check(dense: Checkpoint, targets: Iterable[Target]) -> None:
         check_budget(sizes, target)
 
 
-def write(orders: Sequence[Order]) -> Iterator[tuple[Order, Written]]:
-    """Write quantized checkpoints of one parent, each as soon as it is whole, and clear away what they needed.
+def write(orders: Sequence[Order]) -> Iterator[list[tuple[Order, Written]]]:
+    """Write quantized checkpoints of one parent, those of one process together, and clear away what it needed.
 
     Where every packed module is kept nothing is started. Those of Requant's own engine share a process and a
     calibration pass; every other has a process of its own.
     """
     kept = [order for order in orders if order.described_by]
     own = [order for order in orders if order not in kept and is_own(order.target)]
-    written: Written
+    if kept:
+        yield _cleared(kept, [kept_whole.write(order) for order in kept])
     for order in orders:
-        if order in kept:
-            written = kept_whole.write(order)
-            yield _cleared(order), written
-        elif order not in own:
+        if order not in kept and order not in own:
             writer = WRITERS[getattr(order.target, "engine", order.target.format)]
-            written = child.run(writer, order, environment=gptqmodel.ENVIRONMENT)
-            yield _cleared(order), written
+            written: Written = child.run(writer, order, environment=ENVIRONMENT)
+            yield _cleared([order], [written])
     if own:
-        found: list[Written] = child.run("pipeline.quantization.engine:write", own)
-        yield from zip(map(_cleared, own), found, strict=True)
+        yield _cleared(own, child.run("pipeline.quantization.engine:write", own))
 
 
-def _cleared(order: Order) -> Order:
-    shutil.rmtree(order.scratch)
-    return order
+def _cleared(orders: Sequence[Order], written: Sequence[Written]) -> list[tuple[Order, Written]]:
+    for order in orders:
+        shutil.rmtree(order.scratch)
+    return list(zip(orders, written, strict=True))
+
+
+def reload(made: Sequence[tuple[Order, Written]]) -> list[Reloaded | ReloadMismatch]:
+    """Whether each folder is the model that was meant, asked in a process of their own: its libraries load once."""
+    reloads = [Reload.of(order, written) for order, written in made]
+    found: list[Reloaded | ReloadMismatch] = child.run(
+        "pipeline.quantization.reload:check", reloads, environment=ENVIRONMENT
+    )
+    return found

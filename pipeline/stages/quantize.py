@@ -15,7 +15,7 @@ from pipeline import mixture, progress
 from pipeline.bit_budget import affordable
 from pipeline.checkpoint import Checkpoint
 from pipeline.encoding import load_tokenizer
-from pipeline.errors import UnsupportedFormat
+from pipeline.errors import ReloadMismatch, UnsupportedFormat
 from pipeline.jobs import Job, Output
 from pipeline.kept import Donor, Kept, keep, made_from, writable
 from pipeline.manifest import MANIFEST, Manifest
@@ -30,12 +30,13 @@ _TARGETS: TypeAdapter[list[Target]] = TypeAdapter(list[Target])
 
 
 def run(job: Job) -> Iterator[Output]:
-    """`job.inputs["dense"]` in every format of `job.options["targets"]`, each output as soon as it is written.
+    """`job.inputs["dense"]` in every format of `job.options["targets"]`, each output once it is written and reloads.
 
     What `job.data` calls `calibration…` are the rows for what is calibrated, of which `job.options["calibration"]` says
     how many `samples` (where there are several, a list) of `sequence_length` tokens. What a donor of a target holds
-    already is copied; where that is everything, no row is read and no library runs. Raises UnsupportedFormat or
-    MissingLibrary before anything is written.
+    already is copied; where that is everything, no row is read and nothing is rounded. Raises UnsupportedFormat or
+    MissingLibrary before anything is written, ReloadMismatch for a folder that does not reload as it was meant, after
+    those beside it that do.
     """
     targets = _TARGETS.validate_python(job.options["targets"])
     parent = Checkpoint.open(job.inputs["dense"])
@@ -63,14 +64,22 @@ def run(job: Job) -> Iterator[Output]:
     for variant, own in kept.items():
         for donor, count in own.counted.items():
             progress.message("quantize", f"{variant}: copies {count} of {len(own.wanted)} modules from {donor}")
-    for order, written in writers.write(orders):
-        own = kept[order.target.variant]
-        yield Output(
-            variant=order.target.variant,
-            folder=order.out,
-            metrics={**_metrics(written), "copied_modules": len(own.modules)},
-            notes=_notes(order.target, written, own, digests) | (calibration.notes if order.calibration else {}),
-        )
+    for made in writers.write(orders):
+        mismatches: list[ReloadMismatch] = []
+        for (order, written), reloaded in zip(made, writers.reload(made), strict=True):
+            if isinstance(reloaded, ReloadMismatch):
+                mismatches.append(reloaded)
+                continue
+            own = kept[order.target.variant]
+            progress.message("quantize", reloaded.sentence(order.target.variant))
+            yield Output(
+                variant=order.target.variant,
+                folder=order.out,
+                metrics={**_metrics(written), **reloaded.metrics, "copied_modules": len(own.modules)},
+                notes=_notes(order.target, written, own, digests) | (calibration.notes if order.calibration else {}),
+            )
+        if mismatches:
+            raise mismatches[0]
 
 
 def _digests(parent: Checkpoint) -> Mapping[str, str]:

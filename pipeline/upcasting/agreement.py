@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.catalog import format_of
 from pipeline.checkpoint import Checkpoint, read_json
 from pipeline.encoding import load_tokenizer
 from pipeline.errors import InputError, ReloadMismatch
 from pipeline.evaluation.load import load_model
-from pipeline.formats import schemes
+from pipeline.evaluation.rounding import activations_of, rounding
 from pipeline.model_class import class_of, lacks
 
 MARGIN = 4.0
@@ -87,7 +86,7 @@ class Question:
                 "leave out --verify"
             ) from error
         return Question(
-            tokens=tokens, logits=logits, activations=_activations(checkpoint), model_class=model_class,
+            tokens=tokens, logits=logits, activations=activations_of(checkpoint), model_class=model_class,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
 
@@ -95,7 +94,8 @@ class Question:
         """The dense model's answer beside it; raise ReloadMismatch where they differ by more than rounding."""
         model = load_model(dense, model_class=self.model_class, trust_remote_code=self.trust_remote_code)
         exact = _logits(model, self.tokens)
-        with _rounding(model.to(torch.bfloat16), self.activations):
+        linears = [module for module in model.to(torch.bfloat16).modules() if isinstance(module, torch.nn.Linear)]
+        with rounding(linears, self.activations):
             rounded = _logits(model, self.tokens)
         found = Agreement(
             kl_divergence=_divergence(self.logits, exact),
@@ -122,12 +122,6 @@ def _described(checkpoint: Checkpoint) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         rebuild(checkpoint, Path(folder))
         yield Path(folder)
-
-
-def _activations(checkpoint: Checkpoint) -> str:
-    if checkpoint.quantization is not None and checkpoint.quantization.method == "compressed-tensors":
-        return schemes.activations(checkpoint.quantization)
-    return format_of(checkpoint.quantization).activations
 
 
 def _tokens(folder: Path, text: str, config: Mapping[str, Any], *, trust_remote_code: bool) -> Tensor:
@@ -163,37 +157,3 @@ def _divergence(first: Tensor, second: Tensor) -> float:
     """Mean over tokens of KL(first || second), logits [T, V]."""
     p, q = torch.log_softmax(first.double(), -1), torch.log_softmax(second.double(), -1)
     return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-@contextmanager
-def _rounding(model: Any, activations: str) -> Iterator[None]:
-    """Have every linear layer round its inputs as the packed model's kernels do."""
-    if not activations:
-        yield
-        return
-    kind, by_tensor = activations.removesuffix(" by tensor"), activations.endswith(" by tensor")
-
-    def hook(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (_rounded(given[0], kind, by_tensor=by_tensor), *given[1:])
-
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    handles = [linear.register_forward_pre_hook(hook) for linear in linears]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _rounded(values: Tensor, kind: str, *, by_tensor: bool) -> Tensor:
-    """`values` on a grid whose largest value is the largest of each token, or of all tokens."""
-    wide = values.float()
-    largest: Tensor = (wide.abs().amax() if by_tensor else wide.abs().amax(-1, keepdim=True)).clamp(min=1e-12)
-    if kind == "float8":
-        scale = largest / torch.finfo(torch.float8_e4m3fn).max
-        rounded = (wide / scale).to(torch.float8_e4m3fn).float() * scale
-        return rounded.to(values.dtype)
-    # Four-bit floats have scales for less than a token, so that eight steps of it are no coarser.
-    steps = 2 ** (int(kind.removeprefix("int").removeprefix("float")) - 1) - 1
-    scale = largest / steps
-    return torch.round(wide / scale).mul(scale).to(values.dtype)

@@ -46,7 +46,7 @@ def made(request, dense, tmp_path_factory):
     )  # fmt: skip
     events = []
     with progress.shown_by(events.append):
-        ((_, written),) = writers.write([order])
+        (((_, written),),) = writers.write([order])
         return order, written, events
 
 

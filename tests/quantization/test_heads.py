@@ -69,7 +69,7 @@ def test_gptqmodel_leaves_the_head_as_it_was(tmp_path, target, architecture):
     dense = tiny_head(tmp_path / "dense", architecture, dtype="float16")
     rows = torch.randint(3, 255, (16, 64), generator=torch.Generator().manual_seed(0)).tolist()
     one = order(tmp_path, dense, target, calibration=tuple(map(tuple, rows)))
-    ((_, written),) = writers.write([one])
+    (((_, written),),) = writers.write([one])
     assert written.dense == ("model.embed_tokens", "score")
     before, after = load_file(dense / "model.safetensors"), load_file(one.out / "model.safetensors")
     assert torch.equal(after["score.weight"], before["score.weight"])

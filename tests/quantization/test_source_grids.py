@@ -19,9 +19,10 @@ from pipeline.errors import ReloadMismatch, UnsupportedFormat
 from pipeline.formats import awq, compressed_tensors_pack, gptq
 from pipeline.jobs import Job
 from pipeline.kept import keep
-from pipeline.quantization import engine, rounders
+from pipeline.quantization import engine, rounders, writers
 from pipeline.quantization.folder import Order
 from pipeline.quantization.grids import nearest
+from pipeline.quantization.reload import Reloaded
 from pipeline.sections import Data
 from pipeline.stages import quantize
 from pipeline.targets import parse_target
@@ -260,7 +261,9 @@ def job(case, workspace, donated, **options):
 
 def test_the_stage_notes_what_survives_and_counts_what_does_not(cases, tmp_path, monkeypatch):
     seen = []
+    good = Reloaded(modules=7, module="", module_deviation=0.0, deviation=None, bound=0.0, seconds=0.0)
     monkeypatch.setattr(child, "run", lambda _, orders, **__: seen.extend(orders) or engine.write(orders))
+    monkeypatch.setattr(writers, "reload", lambda made: [good] * len(made))
     case = cases["gptq"]
     donor = case.donor(parse_target("gptq:group_size=32"))
     (output,) = quantize.run(job(case, tmp_path, (donor,), grid="keep"))

@@ -1,5 +1,6 @@
 """Quantize checks every target before it makes the first, and gives each up as soon as it is written."""
 
+import importlib
 import importlib.util
 import json
 import shutil
@@ -12,12 +13,15 @@ from pipeline.catalog import FORMATS
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DataError, MissingLibrary, UnsupportedFormat
 from pipeline.jobs import Job
+from pipeline.quantization import writers
+from pipeline.quantization.reload import Reloaded
 from pipeline.sections import Data
 from pipeline.stages import quantize
 from tests.checkpoints import tiny_llama
 
 NF4 = {"format": "bitsandbytes"}
 INT8 = {"format": "bitsandbytes", "bits": 8, "name": "small"}
+RELOADED = Reloaded(modules=7, module="", module_deviation=0.0, deviation=None, bound=0.0, seconds=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,18 @@ def rows(path, count):
     return path
 
 
-def test_each_target_is_an_output_as_soon_as_it_is_written(dense, tmp_path):
+@pytest.fixture
+def in_process(monkeypatch):
+    """Have writers and checks work in this process: a child costs more than all that it does to a tiny model."""
+
+    def run(function, given, **_):
+        module, _, name = function.partition(":")
+        return getattr(importlib.import_module(module), name)(given)
+
+    monkeypatch.setattr(child, "run", run)
+
+
+def test_each_target_is_an_output_as_soon_as_it_is_written_and_reloads(dense, tmp_path, in_process):
     outputs = quantize.run(job(dense, tmp_path, NF4, INT8))
     first = next(outputs)
     assert (first.variant, first.folder.name) == ("nf4", "nf4")
@@ -99,7 +114,7 @@ def test_autoawq_is_asked_for_where_it_is_missing(dense, tmp_path, orders, monke
     assert not orders
 
 
-def test_a_quantized_parent_is_refused(dense, tmp_path):
+def test_a_quantized_parent_is_refused(dense, tmp_path, in_process):
     (output,) = quantize.run(job(dense, tmp_path, NF4))
     with pytest.raises(UnsupportedFormat, match=r"quantized already \(bitsandbytes\)"):
         next(quantize.run(job(output.folder, tmp_path / "again", INT8)))
@@ -156,6 +171,7 @@ def test_targets_of_one_engine_are_one_call_and_every_other_is_its_own(dense, tm
     monkeypatch.setattr(child, "run", lambda name, given, **_: calls.append((name, given)) or [None] * 2)
     data, gptq = rows(tmp_path / "rows.jsonl", 50), {"format": "gptq", "group_size": 32}
     targets = [gptq, NF4, {"format": "awq", "group_size": 32}, {**gptq, "engine": "gptqmodel", "name": "theirs"}]
+    monkeypatch.setattr(writers, "reload", lambda made: [RELOADED] * len(made))
     monkeypatch.setattr(quantize, "_metrics", lambda _: {})
     monkeypatch.setattr(quantize, "_notes", lambda *_: {})
     outputs = list(quantize.run(job(dense, tmp_path, *targets, data=data)))

@@ -11,7 +11,7 @@ import transformers
 from pipeline import by_hand
 from pipeline.errors import InputError, ReloadMismatch
 from pipeline.jobs import Job
-from pipeline.upcasting.agreement import FLOOR, Question, _rounded
+from pipeline.upcasting.agreement import FLOOR, Question
 from tests.architectures import ARCHITECTURES
 from tests.checkpoints import tiny_tokenizer
 from tests.gguf_models import tiny_llama_gguf
@@ -19,7 +19,7 @@ from tests.packed_models import configure, pack, saved, store, stored, upcast
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "stdlib-lm-awq"  # trained: what it says is far from even
 MODULE = "model.layers.2.mlp.down_proj"
-ACTIVATIONS = {"nf4": "", "int8": "int8", "W8A8": "int8", "W8A8 by tensor": "int8 by tensor"}
+ACTIVATIONS = {"nf4": "", "int8": "int8", "W8A8": "int8 even", "W8A8 by tensor": "int8 by tensor"}
 
 
 @pytest.fixture(scope="module")
@@ -190,22 +190,3 @@ class TestRefused:
     def test_a_text_of_no_tokens(self, dense):
         with pytest.raises(InputError, match="makes no token of the text"):
             Question.ask(dense, text="")
-
-
-class TestRounding:
-    """Activations on the grid that the packed model's kernels put them on."""
-
-    VALUES = torch.tensor([[1.0, 0.24, -4.0], [100.0, 3.0, 0.0]])
-
-    @pytest.mark.parametrize(
-        ("kind", "by_tensor", "expected"),
-        [
-            ("int8", False, [[32 * 4 / 127, 8 * 4 / 127, -4.0], [100.0, 4 * 100 / 127, 0.0]]),
-            ("int8", True, [[100 / 127, 0.0, -5 * 100 / 127], [100.0, 4 * 100 / 127, 0.0]]),
-            ("int4", False, [[2 * 4 / 7, 0.0, -4.0], [100.0, 0.0, 0.0]]),
-            ("float8", False, [[1.0, 26 / 112, -4.0], [100.0, 13 / 4.48, 0.0]]),
-        ],
-    )
-    def test_four_grids(self, kind, by_tensor, expected):
-        found = _rounded(self.VALUES, kind, by_tensor=by_tensor)
-        torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)

@@ -122,7 +122,7 @@ def quantize(dense: Path, out: Path, texts: list[Text], *, group_size: int, samp
             dense=dense.resolve(), out=made, scratch=Path(scratch) / "scratch", target=target,
             calibration=tuple(tuple(row) for row in ids.tolist()),
         )  # fmt: skip
-        ((_, written),) = writers.write([order])
+        (((_, written),),) = writers.write([order])
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(made, out)
     return written

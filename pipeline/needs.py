@@ -10,7 +10,7 @@ from pipeline.kept import layer_of
 from pipeline.recipe import Recipe
 from pipeline.sizes import Sizes
 from pipeline.steps import Needs
-from pipeline.targets import Target, is_mixed, is_own
+from pipeline.targets import GGUFTarget, Target, is_mixed, is_own
 
 RUNTIME_BYTES = 600 * 10**6  # a process with torch and transformers imported
 ACTIVATIONS = 4 << 30  # bytes of calibration activations in memory, at most
@@ -42,18 +42,23 @@ def quantizing_memory(recipe: Recipe, sizes: Sizes, targets: Sequence[Target]) -
     dtype = recipe.upcast.dtype
     # Whole, or layer by layer in float32 beside what lies outside of the layers, when it is compared with its weights.
     outside = sum(math.prod(shape) for name, shape in sizes.shapes.items() if layer_of(name) is None)
-    reloaded = max((sizes.quantized_bytes(target, dtype) for target in targets), default=0)
+    reloaded = max((_loaded(sizes, target, dtype) for target in targets), default=0)
     compared = 4 * outside + 2 * 4 * max(_layers(sizes).values())
     return max(_writing_memory(recipe, sizes, targets), reloaded, compared)
 
 
+def _loaded(sizes: Sizes, target: Target, dtype: str) -> int:
+    """Bytes of a target's model once it is loaded: transformers dequantizes a GGUF file."""
+    return sizes.dense_bytes("float32") if isinstance(target, GGUFTarget) else sizes.quantized_bytes(target, dtype)
+
+
 def _writing_memory(recipe: Recipe, sizes: Sizes, targets: Sequence[Target]) -> int:
-    """A whole model in a library; or a layer in float32, its Gram matrices and activations; or the largest tensor."""
+    """A whole model in a library; or a layer in float32, with Gram matrices and activations; or the largest tensor."""
     calibrated = [target for target in targets if target.calibrated]
     if not all(map(is_own, calibrated)):
         return 2 * sizes.dense_bytes(recipe.upcast.dtype)
     if not calibrated:
-        return 4 * sizes.largest
+        return 4 * (3 * max(_layers(sizes).values()) if any(map(is_own, targets)) else sizes.largest)
     widths = [inputs for _, inputs in sizes.linears.values()] or [0]
     rows = recipe.calibration.samples * recipe.calibration.sequence_length
     activations = min(2 * 4 * rows * min(widths), ACTIVATIONS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from pipeline.checkpoint import Checkpoint, architecture_of
 from pipeline.errors import UnsupportedFormat
@@ -40,6 +41,10 @@ _READS = "its code reads weights that int4 layers do not have until they have ru
 _NO_INT4: Mapping[str, str] = dict.fromkeys(("falcon", "gpt_bigcode", "mamba", "mamba2", "modernbert", "t5"), _READS)
 _NOT_CALIBRATED: Mapping[str, str] = {"mamba": "it never calls one of its layers, so nothing is known of its inputs"}
 _JOINED = "transformers joins the experts of a layer, and finds none of those that are packed one by one"
+# Group sizes that gptqmodel gives torch's int4 kernel on a CPU, which knows 32, 64, 128 and 256; a whole row of 256
+# weights runs by it, and gives wrong outputs where the grid is asymmetric. Others get another kernel.
+_ON_CUDA = (-1, 16)
+CUDA = Path("/dev/nvidiactl")
 _BASE_MODEL = re.compile(r"(?<!Head)(?<!Heads)Model$")
 _DECODER_LAYER = re.compile(r"(^|\.)(layers|h)\.\d+\.")
 
@@ -57,22 +62,32 @@ def check_reload(dense: Checkpoint, sizes: Sizes, target: Target) -> None:
     if isinstance(target, CompressedTensorsTarget):
         _check_compressed_tensors(dense, sizes, target)
         return
-    why, remedy = _NEITHER.get(kind), "quantize to bitsandbytes"
-    if why is None and any(".experts." in f"{name}." for name in sizes.shapes):
-        why = _JOINED
-    if why is None and _BASE_MODEL.search(architecture_of(dense.config)):
-        why = "it is a base model, and what packs it looks for an output head"
-    # A GGUF file calls its layers otherwise, whatever the architecture.
-    decoder = dense.is_gguf or any(_DECODER_LAYER.search(name) for name in sizes.linears)
-    if why is None and (_has_encoder(dense) or not decoder):
-        why = "it is no decoder, and only the layers of decoders are found again"
+    why, remedy = _by_architecture(dense, sizes), "quantize to bitsandbytes"
     if why is None and is_mixed(target):
         why, remedy = _mixed(dense, kind, sizes), "give bits as a number"
     if why is None and target.engine == "gptqmodel":
         why, remedy = _by_gptqmodel(kind, sizes, awq=awq), "leave engine: gptqmodel out"
     if why is None and target.engine == "autoawq" and not architecture_of(dense.config).endswith("ForCausalLM"):
         why, remedy = "AutoAWQ loads every model as a causal language model", "leave engine: autoawq out"
+    if why is None and target.bits == 4 and target.group_size in _ON_CUDA and not CUDA.exists():  # noqa: PLR2004 - four bits
+        why = f"without a CUDA device, group_size {target.group_size} in 4 bits loads and cannot run"
+        remedy = "choose 32, 64 or 128"
     _refuse(dense, target, why, remedy)
+
+
+def _by_architecture(dense: Checkpoint, sizes: Sizes) -> str | None:
+    """What is in the way of GPTQ and AWQ, whoever rounds."""
+    if why := _NEITHER.get(dense.model_type):
+        return why
+    if any(".experts." in f"{name}." for name in sizes.shapes):
+        return _JOINED
+    if _BASE_MODEL.search(architecture_of(dense.config)):
+        return "it is a base model, and what packs it looks for an output head"
+    # A GGUF file calls its layers otherwise, whatever the architecture.
+    decoder = dense.is_gguf or any(_DECODER_LAYER.search(name) for name in sizes.linears)
+    if _has_encoder(dense) or not decoder:
+        return "it is no decoder, and only the layers of decoders are found again"
+    return None
 
 
 def _check_compressed_tensors(dense: Checkpoint, sizes: Sizes, target: CompressedTensorsTarget) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import child, progress
-from pipeline.cgroup import oom_kills
+from pipeline.cgroup import memory_left, oom_kills
 from pipeline.errors import OutOfMemory, RecipeError, StageDied, StageFailed
 
 HERE = f"{__name__}:"
@@ -351,6 +351,25 @@ def test_kills_are_counted_in_either_version_of_cgroups_and_in_the_nearest_folde
     accounts.write_text("0::/elsewhere\n")
     assert oom_kills(accounts, mounts) == 0
     assert oom_kills(tmp_path / "none", mounts) == 0
+
+
+def test_memory_that_is_left_is_the_cgroups_where_that_has_less_than_the_machine(tmp_path):
+    accounts, mounts = tmp_path / "cgroup", tmp_path / "fs"
+    (mounts / "a").mkdir(parents=True)
+    (mounts / "memory").mkdir()
+    (mounts / "a/memory.stat").write_text("anon 300\nfile 5000\n")
+    (mounts / "memory/memory.stat").write_text("cache 5000\nrss 1\ntotal_rss 400\n")
+    (mounts / "memory/memory.limit_in_bytes").write_text("1000\n")
+    accounts.write_text("4:memory:/\n")
+    assert memory_left(accounts, mounts) == 600
+    accounts.write_text("0::/a/b\n")
+    (mounts / "a/memory.max").write_text("2000\n")
+    assert memory_left(accounts, mounts) == 1700
+    (mounts / "a/memory.max").write_text("200\n")
+    assert memory_left(accounts, mounts) == 0
+    (mounts / "a/memory.max").write_text("max\n")
+    assert memory_left(accounts, mounts) > 10**6
+    assert memory_left(tmp_path / "none", mounts) > 10**6
 
 
 def _limited_cgroup(mebibytes):

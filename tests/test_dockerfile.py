@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 from pipeline.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
+UNTESTED = {"autoawq"}  # no part of `dev`: it draws triton; its tests run where it is installed
 COMPILERS = {"build-essential", "gcc", "g++", "clang", "make", "cmake", "apt-get", "apk"}
 
 
@@ -113,7 +114,8 @@ def test_every_requirement_is_pinned_within_its_range_and_installed_at_its_pin()
             continue
         assert name in pins, f"{name} is not in constraints.txt"
         assert requirement.specifier.contains(pins[name]), f"{name} {pins[name]} is not {requirement.specifier}"
-        assert importlib.metadata.version(name).split("+")[0] == pins[name]
+        if name not in UNTESTED:
+            assert importlib.metadata.version(name).split("+")[0] == pins[name]
 
 
 def test_what_is_installed_fits_together():

@@ -21,8 +21,9 @@ from pipeline.execute import run_step
 from pipeline.kept import layer_of
 from pipeline.manifest import MANIFEST, Origin
 from pipeline.plan import Plan, make_plan
-from pipeline.quantization import bitsandbytes
+from pipeline.quantization import bitsandbytes, writers
 from pipeline.quantization.folder import Order, write_folder
+from pipeline.quantization.reload import Reload, Reloaded, check
 from pipeline.recipe import parse_recipe
 from pipeline.targets import parse_target
 from tests.checkpoints import tiny_llama
@@ -56,6 +57,10 @@ def calls(monkeypatch) -> list[Order]:
     """The orders that reach a library, none of which is started: `by_a_library` writes in its place."""
     seen: list[Order] = []
 
+    def reload(made):
+        real = all(order.target.format == "bitsandbytes" for order, _ in made)
+        return check([Reload.of(*one) for one in made]) if real else [Reloaded(seconds=0.0)] * len(made)
+
     def run(target, order, **_):
         if isinstance(order, list):
             return [run(target, one) for one in order]
@@ -63,6 +68,7 @@ def calls(monkeypatch) -> list[Order]:
         return bitsandbytes.write(order) if order.target.format == "bitsandbytes" else by_a_library(order)
 
     monkeypatch.setattr(child, "run", run)
+    monkeypatch.setattr(writers, "reload", reload)
     return seen
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 from transformers import GlmConfig, GlmForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
+from pipeline import reloadable
 from pipeline.catalog import DENSE
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import UnsupportedFormat
@@ -62,6 +63,19 @@ def test_what_gptqmodel_alone_does_wrong_is_refused_for_it_alone(tmp_path, targe
     said = rf"{target}-4bit: glm cannot be reloaded .*splits its fused layers.*; leave engine: gptqmodel out$"
     with pytest.raises(UnsupportedFormat, match=said):
         check(tmp_path, f"{target}:engine=gptqmodel")
+
+
+@pytest.mark.parametrize("target", ["gptq:group_size=-1", "gptq:group_size=16,desc_act=true", "awq:group_size=16"])
+def test_groups_whose_kernel_a_cpu_does_not_have_are_refused_where_there_is_no_cuda_device(
+    tmp_path, monkeypatch, target
+):
+    tiny_llama(tmp_path / "llama", layers=1)
+    monkeypatch.setattr(reloadable, "CUDA", tmp_path / "none")
+    with pytest.raises(UnsupportedFormat, match=r"in 4 bits loads and cannot run\); choose 32, 64 or 128$"):
+        check(tmp_path / "llama", target)
+    check(tmp_path / "llama", "gptq:bits=8,group_size=-1")
+    monkeypatch.setattr(reloadable, "CUDA", tmp_path)
+    check(tmp_path / "llama", target)
 
 
 @pytest.mark.parametrize("target", ["gptq", "awq", "nf4", "int8"])

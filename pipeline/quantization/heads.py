@@ -26,6 +26,19 @@ def head_of(model: Any) -> tuple[str, ...]:
     return tuple(name for name in linear if not name.startswith(base))
 
 
+def named_dense(dense: Checkpoint, packed: Collection[str], *, trust_remote_code: bool) -> list[str]:
+    """What `left_dense` has, or nothing where that is the output embedding alone, which transformers spares unasked."""
+    left = left_dense(dense, packed, trust_remote_code=trust_remote_code)
+    skeleton = skeleton_of(
+        dense.folder, dtype=torch.float32, trust_remote_code=trust_remote_code, stored=len(dense.tensors)
+    )
+    output = skeleton.model.get_output_embeddings()
+    names = {name for name, module in skeleton.model.named_modules() if module is output}
+    names |= {name.removesuffix(".weight") for name in dense.tensors
+              if (place := skeleton.place(name)) and place.parameter.removesuffix(".weight") in names}  # fmt: skip
+    return left if set(left) - names else []
+
+
 def left_dense(dense: Checkpoint, packed: Collection[str], *, trust_remote_code: bool) -> list[str]:
     """The linear modules of the model that are not among the `packed` modules of its checkpoint, sorted.
 

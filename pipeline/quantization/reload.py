@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline import pairing
 from pipeline.catalog import format_of
+from pipeline.cgroup import memory_left
 from pipeline.checkpoint import Checkpoint, inside, read_json
 from pipeline.digests import digest_tensors
 from pipeline.errors import InputError, NonFinite, ReloadMismatch
@@ -29,6 +30,7 @@ from pipeline.model_class import class_of, lacks
 from pipeline.quantization.folder import Order, Written
 from pipeline.quantization.meant import Meant, answer_of, meant_by
 from pipeline.quantization.reload_bounds import BOUNDS, FLOOR, MARGIN, Bound
+from pipeline.sizes import dense_sizes
 
 ROWS = 8  # that each packed module is given
 MOST_TOKENS = 128  # that the model is given
@@ -60,28 +62,34 @@ class Reloaded:
 
     `module` deviates most of the packed `modules`: by `module_deviation` of what its largest output is off. `deviation`
     is that of the model's logits (or hidden states), None where the model takes no tokens; `bound` the most that
-    computing in the kernels' dtypes explains of it.
+    computing in the kernels' dtypes explains of it. Where the model is too large to be loaded, `left_out` says so, and
+    its files alone were compared.
     """
 
-    modules: int
-    module: str
-    module_deviation: float
-    deviation: float | None
-    bound: float
+    modules: int = 0
+    module: str = ""
+    module_deviation: float | None = None
+    deviation: float | None = None
+    bound: float = 0.0
     seconds: float
+    left_out: str = ""
 
     @property
     def metrics(self) -> dict[str, float]:
         """The figures for the manifest."""
-        answer = {} if self.deviation is None else {"reload_deviation": float(f"{self.deviation:.3g}")}
-        return {
-            "reload_module_deviation": float(f"{self.module_deviation:.3g}"),
-            **answer,
-            "reload_seconds": round(self.seconds, 3),
-        }
+        figures = {"reload_module_deviation": self.module_deviation, "reload_deviation": self.deviation}
+        known = {name: float(f"{value:.3g}") for name, value in figures.items() if value is not None}
+        return {**known, "reload_seconds": round(self.seconds, 3)}
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What the manifest should say beside them."""
+        return {"reload": self.left_out} if self.left_out else {}
 
     def sentence(self, variant: str) -> str:
         """The figures for people."""
+        if self.module_deviation is None:
+            return f"{variant}: lies on the disk as it was meant, but {self.left_out}"
         answer = "" if self.deviation is None else f", its answer within {self.deviation:.2g}"
         return (
             f"{variant}: reloads as it was meant; outputs of its {self.modules} packed modules lie within "
@@ -110,6 +118,8 @@ def _check(one: Reload) -> Reloaded:
     _compare_files(one, checkpoint)
     if pairing.is_projected(one.folder):
         pairing.check(one.folder)
+    if left_out := _too_large(checkpoint):
+        return Reloaded(seconds=time.monotonic() - started, left_out=left_out)
     bound = BOUNDS[format_of(checkpoint.quantization).name]
     with meant_by(one.folder, trust_remote_code=one.trust_remote_code) as meant:
         given = _given(one)
@@ -137,6 +147,16 @@ def _compare_files(one: Reload, checkpoint: Checkpoint) -> None:
             said = "is not on the disk" if name not in found else "was never written" if name not in one.digests else (
                 "is not on the disk as it was written")  # fmt: skip
             raise ReloadMismatch(f"{name}: {said}; the disk or whoever changed the folder is at fault, {_AGAIN}")
+
+
+def _too_large(checkpoint: Checkpoint) -> str:
+    """That a model, as it is loaded, does not fit the memory that is left; or nothing where it does."""
+    sizes = dense_sizes(checkpoint, format_of(checkpoint.quantization))
+    loaded = sizes.dense_bytes("float32") if checkpoint.is_gguf else checkpoint.nbytes
+    left = memory_left()
+    if loaded <= left:
+        return ""
+    return f"was not loaded: its {loaded / 1e9:.1f} GB do not fit the {left / 1e9:.1f} GB of memory that are left"
 
 
 def _given(one: Reload) -> dict[str, Tensor]:

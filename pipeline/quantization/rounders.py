@@ -20,7 +20,7 @@ from pipeline.quantization.fold_search import find_folds
 from pipeline.quantization.folder import Order
 from pipeline.quantization.folds import Fold, apply, attainable
 from pipeline.quantization.grid_choice import Weights, anew_by_awq, anew_by_gptq, on_awq_grid, settle
-from pipeline.quantization.heads import kept_dense
+from pipeline.quantization.heads import named_dense
 from pipeline.quantization.layouts import Layout, awq_config, awq_layout, gptq_config, gptq_layout
 from pipeline.quantization.source_grids import SourceGrids
 from pipeline.quantization.streamed import Streamed, linears_of
@@ -175,10 +175,10 @@ class AWQ:
         """As asked for."""
         return self._grids.survivors()
 
-    def config(self, packed: Collection[str]) -> dict[str, Any]:  # noqa: ARG002 - only heads are named
+    def config(self, packed: Collection[str]) -> dict[str, Any]:
         """As gptqmodel writes it; transformers makes every linear layer that is not named an AWQ layer."""
-        head = kept_dense(self._parent, trust_remote_code=self._order.trust_remote_code)
-        return awq_config(self._target) | ({"modules_to_not_convert": head} if head else {})
+        dense = named_dense(self._parent, packed, trust_remote_code=self._order.trust_remote_code)
+        return awq_config(self._target) | ({"modules_to_not_convert": dense} if dense else {})
 
     def _scaled(
         self, passed: Passed, before: Mapping[str, Tensor]

@@ -76,7 +76,11 @@ def run(job: Job) -> Iterator[Output]:
                 variant=order.target.variant,
                 folder=order.out,
                 metrics={**_metrics(written), **reloaded.metrics, "copied_modules": len(own.modules)},
-                notes=_notes(order.target, written, own, digests) | (calibration.notes if order.calibration else {}),
+                notes={
+                    **_notes(order.target, written, own, digests),
+                    **(calibration.notes if order.calibration else {}),
+                    **reloaded.notes,
+                },
             )
         if mismatches:
             raise mismatches[0]

@@ -24,8 +24,9 @@ from pipeline.jobs import Job
 from pipeline.kept import Donor, Kept
 from pipeline.needs import quantizing_disk
 from pipeline.plan import make_plan
-from pipeline.quantization import engine
+from pipeline.quantization import engine, writers
 from pipeline.quantization.gptq import round_each, round_gptq
+from pipeline.quantization.reload import Reloaded
 from pipeline.recipe import parse_recipe
 from pipeline.reloadable import check_reload
 from pipeline.sizes import dense_sizes
@@ -208,6 +209,7 @@ RECIPE = "{format: gptq, bits: auto, bits_per_weight: 6, group_size: 32}"
 def _here(monkeypatch):
     """The engine runs in this process: what a child costs is no part of it."""
     monkeypatch.setattr(child, "run", lambda _, given, **__: engine.write(given))
+    monkeypatch.setattr(writers, "reload", lambda made: [Reloaded(seconds=0.0)] * len(made))
 
 
 def made(plan):

@@ -1,5 +1,6 @@
 """One pass gives every target's folder; a run that was killed goes on to the same bytes."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -7,12 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import child, progress
+from pipeline.catalog import FORMATS
+from pipeline.checkpoint import Checkpoint
 from pipeline.errors import NonFinite, RequantError
 from pipeline.jobs import Job
+from pipeline.kept import Donor
 from pipeline.quantization import engine, writers
 from pipeline.quantization.folder import Order
 from pipeline.stages import upcast
 from pipeline.targets import parse_target
+from pipeline.upcasting.stream import packed_digests
 from tests.checkpoints import tiny_llama
 
 LAYERS = 3
@@ -68,6 +73,23 @@ def together(dense, tmp_path_factory):
     with progress.shown_by(events.append):
         engine.write(given)
     return given, events
+
+
+def test_modules_that_are_all_kept_from_donors_of_which_none_has_them_all_are_copied(dense, tmp_path):
+    text = "gptq:group_size=32,rounding=nearest"
+    (first,) = orders(tmp_path / "first", dense, text)
+    engine.write([first])
+    digests = packed_digests(Checkpoint.open(first.out), FORMATS["gptq"])
+    donors = []
+    for part in ("mlp", "self_attn"):
+        packed = {module: digest for module, digest in digests.items() if part in module}
+        folder = shutil.copytree(first.out, tmp_path / part)
+        donors.append(Donor(reference=f"bot/{part}", folder=folder, made_from={}, packed=packed))
+    kept = {module: donor for donor in donors for module in donor.packed}
+    (second,) = orders(tmp_path / "second", dense, text, kept=kept)
+    engine.write([second])
+    assert len(kept) == 7 * LAYERS
+    assert contents(second) == contents(first)
 
 
 def test_targets_that_share_a_pass_get_what_each_gets_alone(together, dense, tmp_path):

@@ -16,9 +16,11 @@ from pipeline.errors import CheckpointError
 from pipeline.jobs import Job
 from pipeline.quantization import bitsandbytes, writers
 from pipeline.quantization.folder import Order
+from pipeline.quantization.reload import Reloaded
 from pipeline.stages import upcast
 from pipeline.targets import parse_target
 from pipeline.training import load_projected
+from tests.architectures import ARCHITECTURES
 from tests.classifiers import LABELS, tiny_head, tiny_projected
 from tests.quantization import reloading
 
@@ -124,3 +126,17 @@ def test_the_projector_counts_as_part_of_the_checkpoint(tmp_path):
     assert {pairing.WEIGHTS, pairing.DESCRIPTION} <= set(Checkpoint.open(dense).files)
     assert pairing.WEIGHTS not in Checkpoint.open(dense).shards
     assert not FORMATS["gptq"].packed_modules(Checkpoint.open(dense).tensors)
+
+
+@pytest.mark.slow
+def test_awq_names_every_linear_layer_that_it_leaves_dense(tmp_path):
+    """Calibrated on text, a model that sees pictures keeps its vision tower dense, in which transformers would look."""
+    ARCHITECTURES["llava"].build().save_pretrained(tmp_path / "dense")
+    rows = tuple(tuple((torch.arange(16) * 7 + i).remainder(60).tolist()) for i in range(6))
+    one = order(tmp_path, tmp_path / "dense", "awq:group_size=32", calibration=rows)
+    ((made,),) = writers.write([one])
+    named = json.loads((one.out / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert {"lm_head", "model.vision_tower.encoder.layers.0.mlp.fc1"} <= set(named)
+    (found,) = writers.reload([made])
+    assert isinstance(found, Reloaded), found
+    assert found.modules == 14

@@ -85,6 +85,18 @@ def test_what_the_writers_of_bitsandbytes_write_reloads(tmp_path, dense, text):
     assert found.metrics.keys() == {"reload_module_deviation", "reload_deviation", "reload_seconds"}
 
 
+def test_of_a_model_that_does_not_fit_the_memory_the_files_are_compared_and_it_says_so(tmp_path, dense, monkeypatch):
+    one = written(tmp_path, dense, "nf4")
+    monkeypatch.setattr("pipeline.quantization.reload.memory_left", lambda: 1000)
+    (found,) = check([one])
+    assert isinstance(found, Reloaded), found
+    assert found.metrics.keys() == {"reload_seconds"}
+    assert found.notes == {"reload": "was not loaded: its 0.0 GB do not fit the 0.0 GB of memory that are left"}
+    assert found.sentence("nf4").startswith("nf4: lies on the disk as it was meant, but was not loaded")
+    digests = {**one.digests, "another.weight": "0"}
+    assert "another.weight: is not on the disk" in mismatch(replace(one, digests=digests))
+
+
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a8", "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_written_for_vllm_reloads(tmp_path, scheme, dtype):

@@ -16,6 +16,7 @@ from pipeline.errors import RecipeError
 from pipeline.sections import Data
 from pipeline.stages import train
 from pipeline.training.memory import MicroBatch, known_micro_batch
+from pipeline.training.resume import MARKER
 from tests.checkpoints import tiny_llama
 from tests.training.runs import contents, rows, trained, training_job
 
@@ -91,8 +92,8 @@ def test_a_killed_run_of_two_processes_resumes_to_the_same_bytes(base, tmp_path)
         os.kill(parent.pid, signal.SIGKILL)
         parent.wait()
     assert len(lines) == 5
-    for checkpoint in (work / "checkpoints").glob("checkpoint-*"):
-        assert {"rng_state_0.pth", "rng_state_1.pth"} <= contents(checkpoint).keys()
+    for marker in (work / "checkpoints").glob(f"checkpoint-*/{MARKER}"):
+        assert {"rng_state_0.pth", "rng_state_1.pth"} <= contents(marker.parent).keys()
     events = []
     with progress.shown_by(events.append):
         resumed = launched(base, work, lora=LORA, **LONG)

@@ -142,6 +142,7 @@ def test_mixed_sources_reach_the_writer_and_are_noted(dense, tmp_path, monkeypat
     seen = []
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     monkeypatch.setattr(child, "run", lambda _, given, **__: seen.extend(given) or [None])
+    monkeypatch.setattr(writers, "reload", lambda made: [RELOADED] * len(made))
     monkeypatch.setattr(quantize, "_metrics", lambda _: {})
     monkeypatch.setattr(quantize, "_notes", lambda *_: {"dense": []})
     one, other = rows(tmp_path / "one.jsonl", 50), rows(tmp_path / "other.jsonl", 50)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import MissingLibrary, RecipeError
-from pipeline.targets import unknown_key
+from pipeline.section import unknown_key
 
 _NO_EVALUATION = "every epoch ends with the validation rows, and the evaluate section judges the result"
 _NO_HUB = "a run sends nothing anywhere; push the finished artifact by hand"

@@ -5,13 +5,12 @@ A new format is one row here, one file in `pipeline/formats/`, and one test file
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.checkpoint import Quantization
-from pipeline.errors import MissingLibrary, UnsupportedFormat
+from pipeline.errors import UnsupportedFormat
+from pipeline.quantization_config import Quantization
 from pipeline.targets import AWQTarget, BitsAndBytesTarget, CompressedTensorsTarget, GGUFTarget, GPTQTarget, Target
 
 
@@ -285,23 +284,3 @@ def bits_per_weight(target: Target) -> float:
         case GPTQTarget() | AWQTarget():
             bits = target.code_bits if isinstance(target, GPTQTarget) else target.bits
             return bits if target.group_size == -1 else bits + (16 + bits) / target.group_size
-
-
-def require_for(target: Target) -> None:
-    """Raise MissingLibrary where a library is absent that writes a target, or that loads what is written."""
-    require_libraries(format_to(target))
-    if isinstance(target, AWQTarget) and target.engine == "autoawq" and importlib.util.find_spec("awq") is None:
-        raise MissingLibrary(
-            f"{target.variant}: engine autoawq is not installed; run pip install 'requant[autoawq]', or leave it out"
-        )
-
-
-def require_libraries(row: Format) -> None:
-    """Raise MissingLibrary, with the command that installs it, where a format's library is absent."""
-    for library in row.libraries:
-        if importlib.util.find_spec(library) is None:
-            package = library.replace("_", "-")
-            extra = package if package in {"bitsandbytes", "compressed-tensors", "gguf"} else "gptqmodel"
-            raise MissingLibrary(
-                f"{row.title} needs {package}, which is not installed; run pip install 'requant[{extra}]'"
-            )

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from pipeline.catalog import Format, format_of, require_for
+from pipeline.catalog import Format, format_of
 from pipeline.checkpoint import Checkpoint, architecture_of
 from pipeline.errors import InputError
+from pipeline.libraries import require_for
 from pipeline.reloadable import check_reload
 from pipeline.sizes import Sizes, check_target, dense_sizes, packed_modules
 from pipeline.targets import AWQTarget, BitsAndBytesTarget, CompressedTensorsTarget, GGUFTarget, GPTQTarget, Target

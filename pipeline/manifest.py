@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.catalog import format_of
-from pipeline.checkpoint import Quantization
 from pipeline.digests import content_digest, digest_file, digest_packed, digest_shard, digest_value
 from pipeline.errors import StoreCorrupt, UnsupportedFormat
+from pipeline.quantization_config import Quantization
 
 MANIFEST = "artifact.json"
 SCHEMA = 1

@@ -7,10 +7,11 @@ from pathlib import Path
 from pipeline.argument_names import check_arguments
 from pipeline.artifacts import REFERENCE, VERSION, Store
 from pipeline.bit_budget import check_budget
-from pipeline.catalog import FORMATS, require_for, require_libraries
+from pipeline.catalog import FORMATS
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DataError, UnsupportedFormat
 from pipeline.gguf_files import is_gguf
+from pipeline.libraries import require_for, require_libraries
 from pipeline.model_task import kind_for, task_of
 from pipeline.preflight_training import check_kinds, check_training
 from pipeline.recipe import Recipe

@@ -8,10 +8,11 @@ from typing import Any, get_args
 
 from pipeline import child
 from pipeline.argument_names import HONOURED
-from pipeline.catalog import format_of, format_to, require_libraries
+from pipeline.catalog import format_of, format_to
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DataError, MissingLibrary, RecipeError
 from pipeline.launcher import read_launch
+from pipeline.libraries import require_libraries
 from pipeline.preloading import preload
 from pipeline.recipe import Recipe
 from pipeline.sections import LABELLED, Kind, Train

@@ -14,8 +14,9 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.errors import RecipeError
+from pipeline.section import Section, first_sentence
 from pipeline.sections import Calibration, Data, Evaluate, Promote, Train, Upcast
-from pipeline.targets import Section, Target, first_sentence
+from pipeline.targets import Target
 
 
 class Recipe(Section):

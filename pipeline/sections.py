@@ -9,7 +9,7 @@ from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from pipeline.targets import Section
+from pipeline.section import Section
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Method = Literal["none", "full", "lora", "head", "projector", "qat"]

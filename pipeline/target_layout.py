@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.catalog import format_to
-from pipeline.checkpoint import Checkpoint, Quantization
+from pipeline.checkpoint import Checkpoint
 from pipeline.dense_shapes import dense_shape
 from pipeline.errors import CheckpointError, UnsupportedFormat
+from pipeline.quantization_config import Quantization
 from pipeline.targets import (
     AWQTarget,
     BitsAndBytesTarget,

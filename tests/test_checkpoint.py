@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.checkpoint import INDEX, Checkpoint, Quantization, inside, read_json
+from pipeline.checkpoint import INDEX, Checkpoint, inside, read_json
 from pipeline.errors import CheckpointError, CorruptShard, MissingTensor, UnexpectedTensor, UnsafePath
+from pipeline.quantization_config import Quantization
 from pipeline.sources import open_source
 from tests.checkpoints import tiny_llama
 

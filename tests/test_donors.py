@@ -23,7 +23,8 @@ from pipeline.manifest import MANIFEST, Origin
 from pipeline.plan import Plan, make_plan
 from pipeline.quantization import bitsandbytes, writers
 from pipeline.quantization.folder import Order, write_folder
-from pipeline.quantization.reload import Reload, Reloaded, check
+from pipeline.quantization.reload import check
+from pipeline.quantization.reloaded import Reload, Reloaded
 from pipeline.recipe import parse_recipe
 from pipeline.targets import parse_target
 from tests.checkpoints import tiny_llama

@@ -12,15 +12,17 @@ from flows.commands.models import Json
 from flows.terminal import OUT, print_json, showing_progress
 from pipeline.artifacts import Store
 from pipeline.bit_budget import check_budget
-from pipeline.catalog import format_of, format_to, require_libraries
+from pipeline.catalog import format_of, format_to
 from pipeline.errors import InputError
+from pipeline.libraries import require_libraries
 from pipeline.preflight import open_model
 from pipeline.reloadable import check_reload
 from pipeline.rows import check_rows
+from pipeline.section import first_sentence
 from pipeline.sections import Calibration, Dtype, Upcast
 from pipeline.sizes import check_target, dense_sizes
 from pipeline.target_layout import check_grid
-from pipeline.targets import Target, first_sentence, parse_target
+from pipeline.targets import Target, parse_target
 
 
 def upcast(

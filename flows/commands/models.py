@@ -12,9 +12,10 @@ from flows.figures import size
 from flows.tables import figure_columns, figures
 from flows.terminal import OUT, print_json, print_table, showing_progress
 from pipeline.artifacts import Store
-from pipeline.catalog import format_of, require_libraries
+from pipeline.catalog import format_of
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import InputError, one_line
+from pipeline.libraries import require_libraries
 from pipeline.model_task import kind_for, task_of
 from pipeline.preflight import open_model
 from pipeline.rows import check_rows

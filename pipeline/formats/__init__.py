@@ -8,8 +8,8 @@ from typing import Protocol, cast
 from torch import Tensor
 
 from pipeline.catalog import Format
-from pipeline.checkpoint import Quantization
 from pipeline.formats.components import ALL
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 # Rows are asked for from a multiple of this many: words, interleaved outputs and blocks of FP8 end there.

@@ -20,10 +20,10 @@ from typing import Any
 import regex
 from torch import Tensor
 
-from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, UnsupportedFormat
 from pipeline.formats import awq, gptq
 from pipeline.formats.components import ALL, matches
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 LAYOUTS = {

@@ -16,10 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Quantization
 from pipeline.errors import UnsupportedFormat
 from pipeline.formats.components import ALL, FLOATS, WORDS, grid_of, require, require_finite
 from pipeline.formats.rounded import Rounded
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 BITS = (4,)

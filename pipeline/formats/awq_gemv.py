@@ -15,11 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError
 from pipeline.formats.awq import groups_of
 from pipeline.formats.components import ALL, FLOATS, WORDS, require, require_finite
 from pipeline.formats.words import unpack, unpack_floats
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 

@@ -17,12 +17,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError
 from pipeline.formats.awq import groups_of
 from pipeline.formats.awq_gemv import require_room
 from pipeline.formats.components import ALL, FLOATS, require, require_finite
 from pipeline.formats.words import look_up, nibble_pairs
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 BLOCK = 64  # inputs that lie together

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, MissingTensor, UnsupportedFormat
 from pipeline.formats.components import ALL, FLOATS, require, require_finite
 from pipeline.formats.words import look_up
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 STATE = "weight.quant_state.bitsandbytes__"

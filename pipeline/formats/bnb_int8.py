@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Quantization
 from pipeline.errors import NonFinite, UnsupportedFormat
 from pipeline.formats.components import ALL, FLOATS, NOT_FINITE, all_finite, require, require_finite
 from pipeline.formats.shares import TILE, share_out
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 _LARGEST = 127  # the code of a row's largest magnitude

@@ -9,8 +9,8 @@ import regex
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, MissingTensor, NonFinite, UnsupportedFormat
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 ALL = slice(None)

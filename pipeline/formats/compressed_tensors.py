@@ -24,7 +24,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, MissingTensor, UnsupportedFormat
 from pipeline.formats import tiles
 from pipeline.formats.components import ALL, FLOATS, WORDS, require, require_finite
@@ -32,6 +31,7 @@ from pipeline.formats.rounded import Rounded
 from pipeline.formats.schemes import Scheme, check_model, scheme_of
 from pipeline.formats.small_floats import E8M0, FP8, fp4_floats, fp6_floats, fp8_floats, scale_floats
 from pipeline.formats.words import WORD, unpack_floats
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 FP6_GROUP = 24  # bytes of 32 codes

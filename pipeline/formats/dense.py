@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pipeline.checkpoint import Quantization
 from pipeline.formats.components import ALL
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, MissingTensor
 from pipeline.formats import tiles
 from pipeline.formats.components import ALL, FLOATS, require, require_finite
 from pipeline.formats.small_floats import E8M0, FP8, fp4_floats, fp8_floats, scale_floats
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight", "scale", "scale_inv")

@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers.integrations.gguf.dequant import GGML_BLOCK
 from transformers.integrations.gguf.dequant import dequantize as dequantize_torch
 
-from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, UnsupportedFormat
 from pipeline.formats.components import ALL
 from pipeline.gguf_headers import BLOCKS
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 CHUNK = 1 << 18  # weights dequantized at a time: what is between the bytes and the floats stays in the core's cache

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, MissingTensor, UnsupportedFormat
 from pipeline.formats.components import ALL, FLOATS, WORDS, Grid, grid_of, require, require_finite
 from pipeline.formats.rounded import Rounded
 from pipeline.formats.words import WORD, unpack_floats
 from pipeline.formats.words import pack as pack_words
 from pipeline.formats.words import unpack as unpack_words
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 BITS = (2, 3, 4, 8)

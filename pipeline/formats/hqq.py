@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, UnsupportedFormat
 from pipeline.formats.components import ALL, FLOATS, require, require_finite
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 PACKINGS = {  # bits, codes in a word, dtype of a word

@@ -15,11 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError
 from pipeline.formats import fp8, tiles
 from pipeline.formats.components import ALL, FLOATS, require, require_finite
 from pipeline.formats.small_floats import fp4_floats
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 GROUP = 16  # codes that share a scale

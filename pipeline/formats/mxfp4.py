@@ -14,11 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError
 from pipeline.formats import tiles
 from pipeline.formats.components import ALL, require, require_finite
 from pipeline.formats.small_floats import E8M0, fp4_floats, scale_floats
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 BLOCK = 32  # codes that share a scale

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.catalog import FORMATS
-from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, UnsupportedFormat
 from pipeline.formats.components import matches
+from pipeline.quantization_config import Quantization
 
 INT_BITS = range(2, 9)
 FLOAT_BITS = (4, 6, 8)

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, UnsupportedFormat
 from pipeline.formats.components import ALL, FLOATS, require, require_finite
 from pipeline.formats.small_floats import fp8_floats
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 CODES = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Checkpoint, Quantization
+from pipeline.checkpoint import Checkpoint
 from pipeline.errors import about
 from pipeline.formats.compressed_tensors import dequantize
 from pipeline.formats.compressed_tensors_pack import config_of, pack, pack_floats, scheme_of
@@ -21,6 +21,7 @@ from pipeline.quantization.layouts import Layout
 from pipeline.quantization.rounders import Integers, module_of, weight_of
 from pipeline.quantization.streamed import Streamed, linears_of
 from pipeline.quantization.survival import Survival
+from pipeline.quantization_config import Quantization
 from pipeline.shards import DTYPES
 from pipeline.targets import CompressedTensorsTarget
 

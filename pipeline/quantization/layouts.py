@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Quantization
 from pipeline.errors import ReloadMismatch
 from pipeline.formats import awq, gptq
 from pipeline.formats.rounded import Rounded
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 from pipeline.targets import AWQTarget, GPTQTarget
 

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from pipeline import child
 from pipeline.bit_budget import check_budget
-from pipeline.catalog import DENSE, require_for
+from pipeline.catalog import DENSE
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import ReloadMismatch, UnsupportedFormat
 from pipeline.evaluation.tasks import ENVIRONMENT
+from pipeline.libraries import require_for
 from pipeline.quantization import kept_whole
 from pipeline.quantization.folder import Order, Written
-from pipeline.quantization.reload import Reload, Reloaded
+from pipeline.quantization.reloaded import Reload, Reloaded
 from pipeline.reloadable import check_reload
 from pipeline.sizes import check_target, dense_sizes
 from pipeline.targets import Target, is_own

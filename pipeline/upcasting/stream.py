@@ -21,13 +21,14 @@ from torch import Tensor
 from pipeline import formats
 from pipeline.catalog import DENSE, Format
 from pipeline.cgroup import cores
-from pipeline.checkpoint import Checkpoint, Quantization
+from pipeline.checkpoint import Checkpoint
 from pipeline.digests import digest_packed, digest_tensors
 from pipeline.errors import NonFinite
 from pipeline.formats import ROW_STEP
 from pipeline.formats.components import ALL
 from pipeline.formats.scaled_activation import fold
 from pipeline.pieces import Piece
+from pipeline.quantization_config import Quantization
 from pipeline.shard_writer import ShardWriter
 from pipeline.shards import DTYPE_NAMES
 from pipeline.sizes import packed_modules

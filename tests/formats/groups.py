@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Quantization
 from pipeline.formats import Reader
 from pipeline.formats.rounded import Rounded
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from pipeline.catalog import FORMATS, format_of
-from pipeline.checkpoint import Checkpoint, Quantization
+from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, UnsupportedFormat
 from pipeline.formats import auto_round, components
+from pipeline.quantization_config import Quantization
 from pipeline.sizes import dense_sizes
 from tests.formats.groups import by_rows, pack_last, packed, quantized
 

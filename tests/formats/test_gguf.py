@@ -8,9 +8,9 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.checkpoint import Quantization
 from pipeline.errors import CheckpointError, UnsupportedFormat
 from pipeline.formats import gguf
+from pipeline.quantization_config import Quantization
 from pipeline.shards import TensorGroup
 from tests.formats.groups import by_rows
 

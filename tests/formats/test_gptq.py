@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from pipeline.checkpoint import Checkpoint, Quantization
+from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, MissingTensor, NonFinite, UnsupportedFormat
 from pipeline.formats import gptq
 from pipeline.formats.rounded import Rounded
 from pipeline.jobs import Job
+from pipeline.quantization_config import Quantization
 from pipeline.stages import upcast
 from tests.formats.groups import by_rows, check_same, pack_last, packed, quantized
 

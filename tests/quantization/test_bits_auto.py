@@ -26,7 +26,7 @@ from pipeline.needs import quantizing_disk
 from pipeline.plan import make_plan
 from pipeline.quantization import engine, writers
 from pipeline.quantization.gptq import round_each, round_gptq
-from pipeline.quantization.reload import Reloaded
+from pipeline.quantization.reloaded import Reloaded
 from pipeline.recipe import parse_recipe
 from pipeline.reloadable import check_reload
 from pipeline.sizes import dense_sizes

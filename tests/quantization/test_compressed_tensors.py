@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import child
 from pipeline.catalog import FORMATS, bits_per_weight
-from pipeline.checkpoint import Checkpoint, Quantization
+from pipeline.checkpoint import Checkpoint
 from pipeline.errors import NonFinite
 from pipeline.formats import compressed_tensors
 from pipeline.formats.compressed_tensors_pack import config_of, pack, pack_floats, scheme_of
@@ -24,6 +24,7 @@ from pipeline.manifest import read_content
 from pipeline.quantization import engine, kept_whole
 from pipeline.quantization.folder import Order
 from pipeline.quantization.grids import nearest
+from pipeline.quantization_config import Quantization
 from pipeline.stages import upcast
 from pipeline.target_layout import matches
 from pipeline.targets import parse_target

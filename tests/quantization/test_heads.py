@@ -16,7 +16,7 @@ from pipeline.errors import CheckpointError
 from pipeline.jobs import Job
 from pipeline.quantization import bitsandbytes, writers
 from pipeline.quantization.folder import Order
-from pipeline.quantization.reload import Reloaded
+from pipeline.quantization.reloaded import Reloaded
 from pipeline.stages import upcast
 from pipeline.targets import parse_target
 from pipeline.training import load_projected

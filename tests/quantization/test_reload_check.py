@@ -20,7 +20,8 @@ from pipeline.jobs import Job
 from pipeline.manifest import Origin
 from pipeline.quantization import bitsandbytes, engine, gguf
 from pipeline.quantization.folder import Order
-from pipeline.quantization.reload import Reload, Reloaded, check
+from pipeline.quantization.reload import check
+from pipeline.quantization.reloaded import Reload, Reloaded
 from pipeline.stages import quantize
 from pipeline.targets import parse_target
 from tests.checkpoints import tiny_llama

@@ -22,7 +22,7 @@ from pipeline.kept import keep
 from pipeline.quantization import engine, rounders, writers
 from pipeline.quantization.folder import Order
 from pipeline.quantization.grids import nearest
-from pipeline.quantization.reload import Reloaded
+from pipeline.quantization.reloaded import Reloaded
 from pipeline.sections import Data
 from pipeline.stages import quantize
 from pipeline.targets import parse_target

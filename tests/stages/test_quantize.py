@@ -14,7 +14,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DataError, MissingLibrary, UnsupportedFormat
 from pipeline.jobs import Job
 from pipeline.quantization import writers
-from pipeline.quantization.reload import Reloaded
+from pipeline.quantization.reloaded import Reloaded
 from pipeline.sections import Data
 from pipeline.stages import quantize
 from tests.checkpoints import tiny_llama

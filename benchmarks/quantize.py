@@ -15,8 +15,9 @@ meet but which is not what weights fresh from training look like; `--checkpoint`
 the script runs, without gptqmodel.
 
 Not covered: a GPU; loading by transformers, since all folders are read back by Requant's upcast and computed in
-float32; AutoAWQ and llm-compressor, which cannot be installed beside the versions pinned here and need an environment
-of their own. gptqmodel compiles helpers when it first runs on a machine: run twice there, or with `--rounds 2`.
+float32; llm-compressor, which needs an environment of its own. AutoAWQ is a role where it is installed
+(`pip install 'requant[autoawq]'`), as `engine: autoawq` has it: with its search mended, and in float32. gptqmodel
+compiles helpers when it first runs on a machine: run twice there, or with `--rounds 2`.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _arguments() -> argparse.Namespace:
     given.sides = SIDES
     if given.smoke:
         given.model, given.samples, given.length, given.window, given.sides = "smoke", 4, 32, 64, (256, 512)
-        given.roles = [role for role in given.roles if not role.startswith("gptqmodel")]
+        given.roles = [role for role in given.roles if not role.startswith(("gptqmodel", "AutoAWQ"))]
     return given
 
 

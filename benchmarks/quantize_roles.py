@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import shutil
 import time
@@ -18,7 +19,7 @@ from quality import answers, judge, loaded
 from torch import nn
 
 from pipeline.formats import bnb_4bit_pack
-from pipeline.quantization import bitsandbytes, engine, gptqmodel
+from pipeline.quantization import autoawq, bitsandbytes, engine, gptqmodel
 from pipeline.quantization.calibration import batches_of
 from pipeline.quantization.folder import Order
 from pipeline.targets import Target, parse_target
@@ -36,9 +37,9 @@ class Case:
     out: Path
     seed: int
 
-    def order(self, name: str, *, library: bool = False) -> Order:
-        """The order of a format of TARGETS, which gptqmodel fulfils where it is the library's."""
-        target: Target = parse_target(TARGETS[name] + (",engine=gptqmodel" if library else ""))
+    def order(self, name: str, *, by: str = "") -> Order:
+        """The order of a format of TARGETS, which an engine that is not Requant's own fulfils where one is named."""
+        target: Target = parse_target(TARGETS[name] + (f",engine={by}" if by else ""))
         return Order(
             dense=self.dense, out=self.out / name, scratch=self.out / f"{name}.scratch", target=target,
             calibration=self.samples if target.calibrated else (), seed=self.seed,
@@ -98,10 +99,12 @@ def _requant(*names: str) -> Callable[[Case], Work]:
     return prepare
 
 
-def _gptqmodel(name: str) -> Callable[[Case], Work]:
+def _library(name: str, by: str) -> Callable[[Case], Work]:
+    write = {"gptqmodel": gptqmodel.write, "autoawq": autoawq.write}[by]
+
     def prepare(case: Case) -> Work:
         def work() -> None:
-            gptqmodel.write(case.order(name, library=True))
+            write(case.order(name, by=by))
 
         return work
 
@@ -129,13 +132,16 @@ _BITSANDBYTES = ("bitsandbytes", "transformers.integrations.bitsandbytes", "tran
 # What it imports while it works, though it is no work of quantizing.
 _GPTQMODEL = ("gptqmodel", "gptqmodel.eora", "gptqmodel.looper.module_looper", "gptqmodel.looper.gptq_processor",
               "gptqmodel.looper.awq_processor", "gptqmodel.looper.dequantize_processor", "peft")  # fmt: skip
+AUTOAWQ = "AutoAWQ: AWQ"  # where it is installed
 FLOOR, TOGETHER = "a calibration forward and its Gram products", "Requant: GPTQ, AWQ and NF4 together"
 ROLES: dict[str, Role] = {
     FLOOR: Role(prepare=_floor),
     TOGETHER: Role(prepare=_requant(*TARGETS), formats=tuple(TARGETS)),
     **{f"Requant: {name}": Role(prepare=_requant(name), formats=(name,)) for name in TARGETS},
-    **{f"gptqmodel: {name}": Role(prepare=_gptqmodel(name), formats=(name,), imports=_GPTQMODEL)
+    **{f"gptqmodel: {name}": Role(prepare=_library(name, "gptqmodel"), formats=(name,), imports=_GPTQMODEL)
        for name in ("GPTQ", "AWQ")},
+    **({AUTOAWQ: Role(prepare=_library("AWQ", "autoawq"), formats=("AWQ",), imports=("awq",))}
+       if importlib.util.find_spec("awq") else {}),
     "bitsandbytes: NF4": Role(prepare=_transformers, formats=("NF4",), imports=_BITSANDBYTES),
 }  # fmt: skip
 # Which role's folder of a format each is compared with.
@@ -143,6 +149,7 @@ RIVALS = {"GPTQ": "gptqmodel: GPTQ", "AWQ": "gptqmodel: AWQ", "NF4": "bitsandbyt
 # What is judged → the role and the format whose folder that is. What Requant makes alone is what it makes together.
 JUDGED = {f"Requant: {name}": (TOGETHER, name) for name in TARGETS} | {rival: (rival, name)
                                                                        for name, rival in RIVALS.items()}  # fmt: skip
+JUDGED |= {AUTOAWQ: (AUTOAWQ, "AWQ")} if AUTOAWQ in ROLES else {}
 
 
 def nf4_speed(rows: int, columns: int) -> dict[str, float]:

@@ -69,7 +69,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "head, projector (features)": ("train.method=head", "train.engine=features", "train.data={root}/labels.jsonl"),
     "head, projector (trainer)": ("train.method=projector", "train.engine=trainer", "train.data={root}/labels.jsonl"),
     "full": ("train.method=full",),
-    "qat": ("train.method=qat", "quantize=[{{format: gptq, group_size: 16}}]", "calibration.data={root}/text.jsonl"),
+    "qat": ("train.method=qat", "quantize=[{{format: gptq, group_size: 32}}]", "calibration.data={root}/text.jsonl"),
 }
 
 

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.model_class import class_of
-from pipeline.skeleton import skeleton_of
+from pipeline.skeleton import Skeleton, skeleton_of
 
 
 def is_classifier(model_class: Any) -> bool:
@@ -28,15 +28,11 @@ def head_of(model: Any) -> tuple[str, ...]:
 
 def named_dense(dense: Checkpoint, packed: Collection[str], *, trust_remote_code: bool) -> list[str]:
     """What `left_dense` has, or nothing where that is the output embedding alone, which transformers spares unasked."""
-    left = left_dense(dense, packed, trust_remote_code=trust_remote_code)
-    skeleton = skeleton_of(
-        dense.folder, dtype=torch.float32, trust_remote_code=trust_remote_code, stored=len(dense.tensors)
-    )
+    skeleton = _skeleton(dense, trust_remote_code=trust_remote_code)
     output = skeleton.model.get_output_embeddings()
-    names = {name for name, module in skeleton.model.named_modules() if module is output}
-    names |= {name.removesuffix(".weight") for name in dense.tensors
-              if (place := skeleton.place(name)) and place.parameter.removesuffix(".weight") in names}  # fmt: skip
-    return left if set(left) - names else []
+    left = _left(skeleton, dense, packed)
+    plain = all(skeleton.model.get_submodule(module) is output for module in left)
+    return [] if plain else sorted({*left, *left.values()})
 
 
 def left_dense(dense: Checkpoint, packed: Collection[str], *, trust_remote_code: bool) -> list[str]:
@@ -44,14 +40,8 @@ def left_dense(dense: Checkpoint, packed: Collection[str], *, trust_remote_code:
 
     Where the checkpoint calls one otherwise than transformers, both names.
     """
-    skeleton = skeleton_of(
-        dense.folder, dtype=torch.float32, trust_remote_code=trust_remote_code, stored=len(dense.tensors)
-    )
-    places = {name: place.parameter for name in dense.tensors if (place := skeleton.place(name))}
-    stored = {parameter.removesuffix(".weight"): name.removesuffix(".weight") for name, parameter in places.items()}
-    linear = (name for name, module in skeleton.model.named_modules() if isinstance(module, torch.nn.Linear))
-    pairs = ((name, stored.get(name, name)) for name in linear)
-    return sorted({name for pair in pairs if pair[1] not in packed for name in pair})
+    left = _left(_skeleton(dense, trust_remote_code=trust_remote_code), dense, packed)
+    return sorted({*left, *left.values()})
 
 
 def kept_dense(dense: Checkpoint, *, trust_remote_code: bool) -> list[str] | None:
@@ -66,12 +56,24 @@ def kept_dense(dense: Checkpoint, *, trust_remote_code: bool) -> list[str] | Non
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    model = skeleton_of(
-        dense.folder, dtype=torch.float32, trust_remote_code=trust_remote_code, stored=len(dense.tensors)
-    ).model
+    model = _skeleton(dense, trust_remote_code=trust_remote_code).model
     head = head_of(model)
     spared = HfQuantizer.get_modules_to_not_convert(model)
     if not any(should_convert_module(name, spared) for name in head):
         return None
     known = {name for name, _ in model.named_modules()}
     return sorted({*head, *(name for name in spared if name in known)})
+
+
+def _skeleton(dense: Checkpoint, *, trust_remote_code: bool) -> Skeleton:
+    return skeleton_of(
+        dense.folder, dtype=torch.float32, trust_remote_code=trust_remote_code, stored=len(dense.tensors)
+    )
+
+
+def _left(skeleton: Skeleton, dense: Checkpoint, packed: Collection[str]) -> dict[str, str]:
+    """Linear module that is not packed, as transformers calls it → what the checkpoint calls it."""
+    places = {name: place.parameter for name in dense.tensors if (place := skeleton.place(name))}
+    stored = {parameter.removesuffix(".weight"): name.removesuffix(".weight") for name, parameter in places.items()}
+    linear = (name for name, module in skeleton.model.named_modules() if isinstance(module, torch.nn.Linear))
+    return {name: stored.get(name, name) for name in linear if stored.get(name, name) not in packed}

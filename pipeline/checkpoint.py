@@ -100,6 +100,12 @@ def architecture_of(config: Mapping[str, Any]) -> str:
     return str(names[0]) if isinstance(names, list) and names else ""
 
 
+def language_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of the language model: its `text_config`, where it has other parts, before the rest."""
+    text = config.get("text_config")
+    return {**config, **(text if isinstance(text, dict) else {})}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raise CheckpointError if it is anything else."""
     try:

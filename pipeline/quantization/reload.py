@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline import pairing
 from pipeline.catalog import format_of
 from pipeline.cgroup import memory_left
-from pipeline.checkpoint import Checkpoint, inside, read_json
+from pipeline.checkpoint import Checkpoint, inside, language_of, read_json
 from pipeline.digests import digest_tensors
 from pipeline.errors import InputError, NonFinite, ReloadMismatch
 from pipeline.evaluation.load import load_model
@@ -61,8 +61,10 @@ def _check(one: Reload) -> Reloaded:
         return Reloaded(seconds=time.monotonic() - started, left_out=left_out)
     bound = BOUNDS[format_of(checkpoint.quantization).name]
     with meant_by(one.folder, trust_remote_code=one.trust_remote_code) as meant:
-        given = _given(one)
-        loaded = _load(one, meant, given)
+        config = read_json(one.folder / "config.json")
+        model_class = class_of(config, trust_remote_code=one.trust_remote_code)
+        given = _given(one, config, model_class)
+        loaded = _load(one, model_class, meant, given)
         module, furthest = _compare_modules(loaded, meant, bound)
         deviation, limit = _compare_answers(loaded, meant, given, bound)
     return Reloaded(
@@ -98,13 +100,11 @@ def _too_large(checkpoint: Checkpoint) -> str:
     return f"was not loaded: its {loaded / 1e9:.1f} GB do not fit the {left / 1e9:.1f} GB of memory that are left"
 
 
-def _given(one: Reload) -> dict[str, Tensor]:
+def _given(one: Reload, config: Mapping[str, Any], model_class: Any) -> dict[str, Tensor]:
     """What the model is asked, of one row; nothing where it takes no tokens."""
-    config = read_json(one.folder / "config.json")
-    if lacks(class_of(config, trust_remote_code=one.trust_remote_code)) == "takes no token ids":
+    if lacks(model_class) == "takes no token ids":
         return {}
-    text = config.get("text_config")
-    said = {**config, **(text if isinstance(text, dict) else {})}
+    said = language_of(config)
     longest = said.get("max_position_embeddings") or said.get("n_positions") or MOST_TOKENS
     count = min(MOST_TOKENS, max(1, int(longest) - 2))  # RoBERTa's kin count two positions that no token has
     drawn = torch.randint(int(said["vocab_size"]), (count,), generator=torch.Generator().manual_seed(0))
@@ -123,9 +123,8 @@ class _Loaded:
 
 
 @torch.no_grad()
-def _load(one: Reload, meant: Meant, given: Mapping[str, Tensor]) -> _Loaded:
+def _load(one: Reload, model_class: Any, meant: Meant, given: Mapping[str, Tensor]) -> _Loaded:
     """Load the model as its users do and ask it; raise ReloadMismatch where other modules are packed than meant."""
-    model_class = class_of(read_json(one.folder / "config.json"), trust_remote_code=one.trust_remote_code)
     with _loading():
         model = load_model(one.folder, model_class=model_class, trust_remote_code=one.trust_remote_code)
         _unpack(model)

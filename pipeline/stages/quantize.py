@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from pipeline import mixture, progress
 from pipeline.bit_budget import affordable
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import Checkpoint, language_of
 from pipeline.encoding import load_tokenizer
 from pipeline.errors import ReloadMismatch, UnsupportedFormat
 from pipeline.jobs import Job, Output
@@ -146,8 +146,7 @@ def _calibration(job: Job, parent: Checkpoint) -> Mixture:
 
 def _vocabulary(dense: Checkpoint) -> int | None:
     """How many tokens the model knows, where its config says so."""
-    text = dense.config.get("text_config")
-    known = {**dense.config, **(text if isinstance(text, dict) else {})}.get("vocab_size")
+    known = language_of(dense.config).get("vocab_size")
     return known if isinstance(known, int) else None
 
 
